@@ -1,0 +1,140 @@
+"""How the shapes world is drawn: the coverage of a shape, and the backgrounds. numpy only.
+
+Every shape is a signed distance d(u, v) in units of its radius, with u to the right and v downwards, negative inside. A
+pixel whose centre lies at distance d is covered by
+
+    alpha = clip(1/2 - d * radius_in_pixels / softness, 0, 1)                                        (1)
+
+which is the exact box coverage of a straight edge along an axis for softness 1. The bounding box of each shape is centred on (0, 0),
+and the extents are chosen so that all shapes of one radius look equally large (a square of the circle's width would look larger).
+
+Lengths and places are fractions of the picture's side, so any resolution shows the same scene.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+REACH = 1.1  # no shape reaches farther than this many radii from its centre, along either axis
+
+
+def _circle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.sqrt(u * u + v * v) - 1.0
+
+
+def _square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.maximum(np.abs(u), np.abs(v)) - 0.88
+
+
+def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Corners (0, -0.96), (1.1, 0.9), (-1.1, 0.9)."""
+    length = math.hypot(1.1, 1.86)
+    return np.maximum((np.abs(u) * 1.86 - (v + 0.96) * 1.1) / length, v - 0.9)
+
+
+def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Five points, one upwards. The plane is folded into one sector of 36 degrees, in which the outline is one edge."""
+    outer, inner, fifth = 1.15, 0.5, 2.0 * math.pi / 5.0
+    v = v + 0.11  # the box of a star is lower than its circle
+    angle = np.arctan2(u, -v)
+    angle = np.abs(angle - fifth * np.round(angle / fifth))
+    rho = np.sqrt(u * u + v * v)
+    edge_u, edge_v = inner * math.cos(fifth / 2) - outer, inner * math.sin(fifth / 2)
+    length = math.hypot(edge_u, edge_v)
+    return ((rho * np.cos(angle) - outer) * edge_v - rho * np.sin(angle) * edge_u) / length
+
+
+def _heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Two discs, and the convex body that their common tangents and the lower tip enclose."""
+    disc, centre_u, centre_v, tip = 0.565, 0.5, -0.415, 0.98
+    u = np.abs(u)
+    du, dv = u - centre_u, v - centre_v
+    lobe = np.sqrt(du * du + dv * dv) - disc
+    # The tangent from the tip: its direction makes the angle `spread` with the line from the tip to the disc's centre.
+    reach = math.hypot(centre_u, tip - centre_v)
+    direction = math.atan2(centre_v - tip, centre_u) + math.asin(disc / reach)
+    along_u, along_v = math.cos(direction), math.sin(direction)
+    body = np.maximum(-along_v * u + along_u * (v - tip), du * along_u + dv * along_v)
+    return np.minimum(lobe, np.maximum(body, -dv))
+
+
+def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    u, v = np.abs(u), np.abs(v)
+    return np.maximum(np.maximum(u, v) - 1.0, np.minimum(u, v) - 0.34)
+
+
+def _ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.abs(np.sqrt(u * u + v * v) - 0.77) - 0.26
+
+
+def _moon(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """A crescent open to the right: a disc of 1.06 less a disc of 0.86 that lies 0.52 to its right."""
+    u = u - 0.2
+    outer = np.sqrt(u * u + v * v) - 1.06
+    u = u - 0.52
+    return np.maximum(outer, 0.86 - np.sqrt(u * u + v * v))
+
+
+DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "heart": _heart,
+    "cross": _cross,
+    "ring": _ring,
+    "moon": _moon,
+}
+
+
+def coverage(
+    shape: str,
+    x: float,  # centre, fraction of the side, from the left
+    y: float,  # centre, fraction of the side, from the top
+    radius: float,  # fraction of the side
+    resolution: int,  # pixels of the side
+    softness: float = 1.0,  # pixels over which an edge fades (Eq. 1)
+) -> tuple[np.ndarray, slice, slice]:
+    """The share of each pixel that a shape covers: (alpha float32 [h, w], rows, columns), the box that holds all of it."""
+    reach = radius * REACH * resolution + softness
+    columns = slice(max(0, math.floor(x * resolution - reach)), min(resolution, math.ceil(x * resolution + reach)))
+    rows = slice(max(0, math.floor(y * resolution - reach)), min(resolution, math.ceil(y * resolution + reach)))
+    step = 1.0 / (radius * resolution)
+    u = ((np.arange(columns.start, columns.stop, dtype=np.float32) + 0.5) * step - x / radius).astype(np.float32)
+    v = ((np.arange(rows.start, rows.stop, dtype=np.float32) + 0.5) * step - y / radius).astype(np.float32)
+    distance = DISTANCES[shape](u[None, :], v[:, None])
+    alpha = np.minimum(np.maximum(0.5 - distance * np.float32(radius * resolution / softness), 0.0), 1.0)
+    return alpha, rows, columns
+
+
+# -- Backgrounds: achromatic, so that no object colour is ever near one ----------------------------------------------
+
+KINDS = ("plain", "gradient", "striped", "dotted")
+TONES = {"white": (236.0, 18.0), "grey": (150.0, 22.0), "black": (38.0, 22.0)}  # mean level, and the pattern's amplitude
+BACKGROUNDS = tuple(f"{kind} {tone}" for kind in KINDS for tone in TONES)
+
+
+@functools.lru_cache(maxsize=256)
+def background_levels(background: str, resolution: int) -> np.ndarray:
+    """The grey level of each pixel, float32 [resolution, resolution], of e.g. "striped grey". Do not write to it."""
+    kind, tone = background.split()
+    level, amplitude = TONES[tone]
+    at = (np.arange(resolution) + 0.5) / resolution
+    if kind == "plain":
+        pattern = np.zeros((resolution, resolution))
+    elif kind == "gradient":  # light above, dark below
+        pattern = np.broadcast_to(1.0 - 2.0 * at[:, None], (resolution, resolution))
+    elif kind == "striped":  # upright stripes, four light and four dark
+        wave = 8.0 * at % 2.0
+        edge = np.minimum(wave, 2.0 - wave) - 0.5  # distance to the nearest edge, in stripes; negative on dark ones
+        pattern = np.broadcast_to(np.clip(edge * resolution / 4.0, -1.0, 1.0)[None, :], (resolution, resolution))
+    elif kind == "dotted":  # four by four dots, dark on white, light on grey and black
+        cell = (4.0 * at) % 1.0 - 0.5
+        distance = np.sqrt(cell[:, None] ** 2 + cell[None, :] ** 2) - 0.3
+        dots = np.clip(0.5 - distance * resolution / 4.0, 0.0, 1.0)
+        pattern = (2.0 * dots - 0.7) * (-1.0 if tone == "white" else 1.0)
+    else:
+        raise ValueError(f"unknown background {background!r}; choose from {', '.join(BACKGROUNDS)}")
+    return np.clip(level + amplitude * pattern, 0.0, 255.0).astype(np.float32)

@@ -1,0 +1,164 @@
+"""Noise levels: the discrete schedule that a network was trained with, and the ladders on which samplers walk down.
+
+A discrete schedule of T steps has betas; with alpha = 1 - beta and abar_t = alpha_0 ... alpha_t (Ho et al. 2020),
+
+    sigma_t = sqrt((1 - abar_t) / abar_t)                                                                   (1)
+
+is its noise level in the variance-exploding convention x = x0 + sigma n. Between two timesteps log(sigma) is linear,
+as in k-diffusion; so a fractional timestep has a sigma and a sigma has a fractional timestep.
+
+A ladder is what one picture needs: sigmas [steps + 1], descending, and two factors,
+
+    x = latents * start    before the first step, for starting noise `latents` of unit variance             (2)
+    latents = x * end      after the last step
+
+Nearly always start = sigmas[0], sigmas[-1] = 0 and end = 1. Only `ddim` with a spacing of diffusers is otherwise: that
+sampler lives in the variance-preserving coordinates x / sqrt(1 + sigma^2), takes the noise as it is at the start and
+stops at abar_0 (set_alpha_to_one=False, the setting of Stable Diffusion) instead of at a clean picture. So there
+
+    start = sqrt(1 + sigmas[0]^2),    sigmas[-1] = sigma_0,    end = 1 / sqrt(1 + sigmas[-1]^2)             (3)
+
+where `end` follows the same equation as ever, since 1 / sqrt(1 + 0) = 1.
+
+All is computed in float64 by numpy; diffusers and k-diffusion compute in float32 (measured: sigma_0 of Stable Diffusion
+differs by 1e-5 of itself, larger ones less).
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sd_jax.types import NoiseScheduleConfig
+
+# --- the discrete schedule -------------------------------------------------------------------------------------------
+
+
+def _cosine_betas(start: float, end: float, count: int) -> np.ndarray:
+    """Nichol & Dhariwal 2021 (arXiv 2102.09672), Eq. 17; betas stop at 0.999. `start` and `end` play no part."""
+    abar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - abar[1:] / abar[:-1], 0.999)
+
+
+BETA_SCHEDULES = {  # diffusers' names
+    "linear": lambda start, end, count: np.linspace(start, end, count),
+    "scaled_linear": lambda start, end, count: np.linspace(start**0.5, end**0.5, count) ** 2,
+    "squaredcos_cap_v2": _cosine_betas,
+}
+
+
+def betas(cfg: NoiseScheduleConfig) -> Float[np.ndarray, " timesteps"]:
+    """The variances added at each timestep, float64. Raises ValueError for an unknown beta_schedule."""
+    if cfg.beta_schedule not in BETA_SCHEDULES:
+        raise ValueError(f"unknown beta_schedule {cfg.beta_schedule!r}: choose one of {', '.join(BETA_SCHEDULES)}")
+    return BETA_SCHEDULES[cfg.beta_schedule](cfg.beta_start, cfg.beta_end, cfg.num_train_timesteps)
+
+
+def alphas_cumprod(cfg: NoiseScheduleConfig) -> Float[np.ndarray, " timesteps"]:
+    """abar: how much of the variance is still the picture's at each timestep, float64."""
+    return np.cumprod(1 - betas(cfg))
+
+
+def sigmas_of(cfg: NoiseScheduleConfig) -> Float[np.ndarray, " timesteps"]:
+    """The noise level of each timestep, ascending, float64 (Eq. 1)."""
+    abar = alphas_cumprod(cfg)
+    return np.sqrt((1 - abar) / abar)
+
+
+def sigma_to_timestep(sigma: Float[Array, "*shape"], log_sigmas: Float[Array, " timesteps"]) -> Float[Array, "*shape"]:
+    """The fractional timestep of a noise level, log-interpolated and not rounded; beyond the ends, the end itself.
+
+    Equals k-diffusion's `DiscreteSchedule.sigma_to_t(quantize=False)`.
+    """
+    return jnp.interp(jnp.log(sigma), log_sigmas, jnp.arange(log_sigmas.shape[0], dtype=log_sigmas.dtype))
+
+
+def timestep_to_sigma(timestep: Float[np.ndarray, "*shape"], sigmas: Float[np.ndarray, " timesteps"]) -> np.ndarray:
+    """Inverse of `sigma_to_timestep`, in numpy."""
+    return np.exp(np.interp(timestep, np.arange(len(sigmas)), np.log(sigmas)))
+
+
+# --- ladders -----------------------------------------------------------------------------------------------------------
+# Each entry: (steps, the discrete schedule's sigmas) -> the sigmas at which the model is called, descending, [steps].
+
+
+def _normal(steps, sigmas):
+    """Even in timestep, fractions kept: k-diffusion's `get_sigmas`, ComfyUI's normal, diffusers' Euler with linspace."""
+    return timestep_to_sigma(np.linspace(len(sigmas) - 1, 0, steps), sigmas)
+
+
+def _karras(steps, sigmas, rho=7.0):
+    """Even in sigma^(1/rho): Karras et al. 2022, Eq. 5."""
+    return np.linspace(sigmas[-1] ** (1 / rho), sigmas[0] ** (1 / rho), steps) ** rho
+
+
+def _leading(steps, sigmas):
+    """diffusers' timestep_spacing="leading" with steps_offset=1, the setting of Stable Diffusion."""
+    return sigmas[np.arange(steps)[::-1] * (len(sigmas) // steps) + 1]
+
+
+def _trailing(steps, sigmas):
+    """diffusers' timestep_spacing="trailing"."""
+    return sigmas[np.round(len(sigmas) - np.arange(steps) * (len(sigmas) / steps)).astype(int) - 1]
+
+
+def _linspace(steps, sigmas):
+    """diffusers' timestep_spacing="linspace" as its DDIM has it: timesteps rounded to whole ones."""
+    return sigmas[np.round(np.linspace(0, len(sigmas) - 1, steps)).astype(int)[::-1]]
+
+
+SCHEDULES = {
+    "normal": _normal,
+    "karras": _karras,
+    "leading": _leading,
+    "trailing": _trailing,
+    "linspace": _linspace,
+}
+DIFFUSERS_SPACINGS = ("leading", "trailing", "linspace")
+VARIANCE_PRESERVING = ("ddim",)  # samplers that begin and end as Eq. 3 says when they walk on a spacing of diffusers
+
+
+class Ladder(NamedTuple):
+    """What one picture walks down; a pytree of float32, to be passed into the jitted function as an argument."""
+
+    sigmas: Float[np.ndarray | Array, " steps_plus_1"]  # descending
+    start: Float[np.ndarray | Array, ""]  # x = latents * start
+    end: Float[np.ndarray | Array, ""]  # latents = x * end
+
+
+def make_sigmas(
+    schedule: str,  # a key of SCHEDULES
+    steps: int,  # model calls of a sampler that needs one a step
+    cfg: NoiseScheduleConfig,
+    sampler: str = "euler",  # only `ddim` matters
+) -> Float[np.ndarray, " steps_plus_1"]:
+    """The noise levels of a ladder, descending, float32; the last is 0, except as Eq. 3 says.
+
+    Raises ValueError for an unknown schedule, and for more steps than it has distinct noise levels for.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}: at least 1 is needed")
+    trained = sigmas_of(cfg)
+    try:
+        sigmas = SCHEDULES[schedule](steps, trained)
+    except IndexError:
+        sigmas = np.zeros(2)
+    if np.any(np.diff(sigmas) >= 0):
+        raise ValueError(f"schedule {schedule!r} has no {steps} different steps among {len(trained)} timesteps: use fewer")
+    final = trained[0] if _variance_preserving(schedule, sampler) else 0.0
+    return np.append(sigmas, final).astype(np.float32)
+
+
+def make_ladder(schedule: str, steps: int, cfg: NoiseScheduleConfig, sampler: str = "euler") -> Ladder:
+    """`make_sigmas` with the factors before the first and after the last step (Eq. 2 and 3). Raises as it does."""
+    sigmas = make_sigmas(schedule, steps, cfg, sampler)
+    first, last = float(sigmas[0]), float(sigmas[-1])
+    start = (1 + first**2) ** 0.5 if _variance_preserving(schedule, sampler) else first
+    return Ladder(sigmas, np.asarray(start, np.float32), np.asarray((1 + last**2) ** -0.5, np.float32))
+
+
+def _variance_preserving(schedule: str, sampler: str) -> bool:
+    return schedule in DIFFUSERS_SPACINGS and sampler in VARIANCE_PRESERVING

@@ -1,0 +1,1 @@
+"""Judges: they measure and aggregate, nothing else."""

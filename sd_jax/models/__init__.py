@@ -1,0 +1,1 @@
+"""Networks only: arrays in, arrays out. No files, no schedules, no adapters."""

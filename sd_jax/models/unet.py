@@ -1,0 +1,155 @@
+"""The U-Net of Stable Diffusion 1.x (Rombach et al. 2022), equal to diffusers' UNet2DConditionModel.
+
+Blocks are plain submodules, never scanned over: adapters find a layer by its path.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sd_jax.models.attention import SpatialTransformer
+from sd_jax.models.layers import Downsample, Dtype, GroupNorm, TimestepEmbedding, Upsample, conv, timestep_embedding
+from sd_jax.models.presets import UNetConfig
+from sd_jax.models.resnet import ResnetBlock
+
+
+class _Block(nn.Module):
+    """What down, middle and up blocks share: how their parts are built."""
+
+    config: UNetConfig
+    features: int
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    remat: bool = False
+
+    @property
+    def types(self):
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+    def resnet(self, index: int):
+        block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
+        return block(self.features, self.config.norm_num_groups, name=f"resnets_{index}", **self.types)
+
+    def attention(self, index: int):
+        return SpatialTransformer(
+            self.config.num_attention_heads,
+            self.config.norm_num_groups,
+            self.remat,
+            name=f"attentions_{index}",
+            **self.types,
+        )
+
+
+class DownBlock(_Block):
+    """`layers_per_block` times (resnet, attention), then half the size; every state is also returned as a skip."""
+
+    attend: bool = True
+    downsample: bool = True
+
+    @nn.compact
+    def __call__(self, h, time, context):
+        skips = []
+        for i in range(self.config.layers_per_block):
+            h = self.resnet(i)(h, time)
+            if self.attend:
+                h = self.attention(i)(h, context)
+            skips.append(h)
+        if self.downsample:
+            h = Downsample(name="downsamplers_0", **self.types)(h)
+            skips.append(h)
+        return h, skips
+
+
+class MidBlock(_Block):
+    """resnet, attention, resnet at the smallest size."""
+
+    @nn.compact
+    def __call__(self, h, time, context):
+        h = self.resnet(0)(h, time)
+        h = self.attention(0)(h, context)
+        return self.resnet(1)(h, time)
+
+
+class UpBlock(_Block):
+    """`layers_per_block + 1` times (join a skip, resnet, attention), then twice the size."""
+
+    attend: bool = True
+    upsample: bool = True
+
+    @nn.compact
+    def __call__(self, h, skips, time, context):
+        for i, skip in enumerate(skips):
+            h = self.resnet(i)(jnp.concatenate([h, skip], axis=-1), time)
+            if self.attend:
+                h = self.attention(i)(h, context)
+        return Upsample(name="upsamplers_0", **self.types)(h) if self.upsample else h
+
+
+class UNet(nn.Module):
+    """Predicts noise (or what the schedule's prediction_type says) from noisy latents, a timestep and a context.
+
+    dtype: of the computation; param_dtype: of the parameters at initialisation; remat: recompute resnets and
+    transformer blocks in the backward pass instead of keeping their insides.
+    """
+
+    config: UNetConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        latents: Float[Array, "batch height width channels"],
+        timesteps: Float[Array, " batch"],
+        context: Float[Array, "batch words context_width"],
+    ) -> Float[Array, "batch height width out_channels"]:
+        """Height and width must be divisible by 2 to the number of downsamplings (8 for SD 1.x).
+
+        Raises ValueError where they are not, or where latents have another number of channels than the config.
+        """
+        cfg = self.config
+        depth = len(cfg.block_out_channels)
+        _check_input(cfg, latents)
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        h, context = latents.astype(self.dtype), context.astype(self.dtype)
+
+        # Time
+        time = timestep_embedding(timesteps, cfg.block_out_channels[0]).astype(self.dtype)
+        time = TimestepEmbedding(4 * cfg.block_out_channels[0], name="time_embedding", **types)(time)
+
+        # Down
+        h = conv(cfg.block_out_channels[0], "conv_in", self)(h)
+        skips = [h]
+        for i, features in enumerate(cfg.block_out_channels):
+            attend, last = cfg.attention_blocks[i], i == depth - 1
+            block = DownBlock(
+                cfg, features, remat=self.remat, attend=attend, downsample=not last, name=f"down_blocks_{i}", **types
+            )
+            h, new_skips = block(h, time, context)
+            skips += new_skips
+
+        # Middle
+        h = MidBlock(cfg, cfg.block_out_channels[-1], remat=self.remat, name="mid_block", **types)(h, time, context)
+
+        # Up, mirrored
+        for i, features in enumerate(reversed(cfg.block_out_channels)):
+            attend, last = cfg.attention_blocks[depth - 1 - i], i == depth - 1
+            block = UpBlock(
+                cfg, features, remat=self.remat, attend=attend, upsample=not last, name=f"up_blocks_{i}", **types
+            )
+            taken = [skips.pop() for _ in range(cfg.layers_per_block + 1)]
+            h = block(h, taken, time, context)
+
+        # Out
+        h = nn.silu(GroupNorm(cfg.norm_num_groups, 1e-5, name="conv_norm_out", **types)(h))
+        return conv(cfg.out_channels, "conv_out", self)(h)
+
+
+def _check_input(cfg: UNetConfig, latents: Array) -> None:
+    _, height, width, channels = latents.shape
+    factor = 2 ** (len(cfg.block_out_channels) - 1)
+    if channels != cfg.in_channels:
+        raise ValueError(f"latents have {channels} channels, this U-Net takes {cfg.in_channels} (unet.in_channels)")
+    if height % factor or width % factor:
+        raise ValueError(f"latents of {height}x{width} are not divisible by {factor}: choose another width or height")

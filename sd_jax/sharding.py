@@ -1,0 +1,103 @@
+"""Devices as a mesh: which axes there are, where each array lies, and how one step is mapped over them.
+
+Axes: `data` (a batch is split), `fsdp` (a batch is split, parameters too), `tensor` (the insides of a layer are split).
+One of the sizes may be -1: it takes the devices that the others leave.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
+    """A mesh with the axes of AXES; axes that `sizes` leaves out have size 1.
+
+    Raises ValueError where the product of the sizes is not the number of devices, or an axis is unknown.
+    """
+    devices = jax.devices() if devices is None else devices
+    unknown = set(sizes) - set(AXES)
+    if unknown:
+        raise ValueError(f"config.mesh has the unknown axis {sorted(unknown)[0]!r}: the axes are {', '.join(AXES)}")
+    shape = [sizes.get(axis, 1) for axis in AXES]
+    known = int(np.prod([size for size in shape if size != -1]))
+    if shape.count(-1) > 1 or len(devices) % known:
+        raise ValueError(f"config.mesh {dict(sizes)} does not fit {len(devices)} devices: at most one axis may be -1")
+    shape = [len(devices) // known if size == -1 else size for size in shape]
+    if int(np.prod(shape)) != len(devices):
+        raise ValueError(f"config.mesh {dict(sizes)} needs {int(np.prod(shape))} devices, there are {len(devices)}")
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """A batch is split along its first axis over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def parameter_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Where one array of parameters, moments or averages lies.
+
+    The last axis (features out) is split over `tensor`, the largest other axis over `fsdp`, where they divide; small
+    arrays stay whole on every device.
+    """
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    axes: list[str | None] = [None] * len(shape)
+    if int(np.prod(shape)) < 2**14:
+        return PartitionSpec()
+    if tensor > 1 and shape[-1] % tensor == 0:
+        axes[-1] = "tensor"
+    for axis in sorted(range(len(shape)), key=lambda i: -shape[i]):
+        if fsdp > 1 and axes[axis] is None and shape[axis] % fsdp == 0:
+            axes[axis] = "fsdp"
+            break
+    return PartitionSpec(*axes)
+
+
+def state_shardings(abstract_state, mesh: Mesh):
+    """A tree of NamedSharding for a tree of shapes (`jax.eval_shape` of the state's initialiser)."""
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, parameter_spec(leaf.shape, mesh)), abstract_state)
+
+
+@functools.cache
+def compiler_options() -> dict[str, str]:
+    """What XLA is told beyond its defaults.
+
+    On CPU, jaxlib 0.10 lowers convolutions to YNNPACK fusions that take up to twice Eigen's time; an empty list of
+    fusion types turns them off. A jaxlib that does not know the option is left alone.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    try:
+        jax.jit(lambda x: x + 1, compiler_options=options)(jnp.zeros((), jnp.int32))
+    except Exception as error:  # the class of this error differs between versions of jaxlib
+        if "xla_cpu_experimental_ynn_fusion_type" not in str(error):
+            raise
+        return {}
+    return options
+
+
+def jit(function: Callable | None = None, **kwargs):
+    """`jax.jit` with `compiler_options()`, decided at the first call (nothing touches a device at import)."""
+    if function is None:
+        return functools.partial(jit, **kwargs)
+
+    @functools.cache
+    def jitted():
+        return jax.jit(function, compiler_options=compiler_options(), **kwargs)
+
+    @functools.wraps(function)
+    def call(*args, **keywords):
+        return jitted()(*args, **keywords)
+
+    call.lower = lambda *args, **keywords: jitted().lower(*args, **keywords)
+    return call

@@ -1,0 +1,102 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sd_jax.models import attention as module
+from sd_jax.models.attention import Attention, FeedForward, SpatialTransformer, attention, choose_implementation
+
+
+def arrays(batch=2, queries=12, keys=9, heads=3, dim=8, dtype=jnp.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    draw = lambda length: jnp.asarray(rng.normal(size=(batch, length, heads, dim)), dtype)  # noqa: E731
+    return draw(queries), draw(keys), draw(keys)
+
+
+def exact(q, k, v, causal=False):
+    """(Eq. 1) in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scores = np.einsum("blhd,bshd->bhls", q, k) / np.sqrt(q.shape[-1])
+    if causal:
+        scores = np.where(np.tril(np.ones(scores.shape[-2:], bool)), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bhls,bshd->blhd", weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(module, "QUERY_CHUNK", 4)
+
+
+@pytest.mark.parametrize("implementation", ["plain", "chunked"])
+@pytest.mark.parametrize("queries", [1, 4, 7, 12, 13])
+def test_every_implementation_is_equation_1(implementation, queries, small_chunks):
+    q, k, v = arrays(queries=queries)
+    np.testing.assert_allclose(attention(q, k, v, implementation=implementation), exact(q, k, v), atol=1e-6)
+
+
+@pytest.mark.parametrize("queries", [7, 12])
+def test_every_implementation_has_the_same_gradient(queries, small_chunks):
+    inputs, weights = arrays(queries=queries), arrays(queries=queries, seed=1)[0]
+
+    def gradients(implementation):
+        loss = lambda q, k, v: (attention(q, k, v, implementation=implementation) * weights).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(*inputs)
+
+    for plain, chunked in zip(gradients("plain"), gradients("chunked"), strict=True):
+        np.testing.assert_allclose(chunked, plain, atol=1e-6)
+
+
+def test_gradient_is_that_of_finite_differences():
+    inputs = arrays(batch=1, queries=3, keys=4, heads=2, dim=4)
+    jax.test_util.check_grads(lambda *x: attention(*x, implementation="plain"), inputs, 1, ["rev"], atol=2e-2, rtol=2e-2)
+
+
+def test_causal_sees_no_later_key():
+    q, k, v = arrays(queries=6, keys=6)
+    out = attention(q, k, v, causal=True)
+    np.testing.assert_allclose(out, exact(q, k, v, causal=True), atol=1e-6)
+    changed = attention(q, k, v.at[:, 4:].add(1.0), causal=True)
+    np.testing.assert_array_equal(out[:, :4], changed[:, :4])
+
+
+@pytest.mark.parametrize("implementation", ["plain", "chunked"])
+def test_bfloat16_in_bfloat16_out_with_float32_scores(implementation):
+    q, k, v = arrays(dtype=jnp.bfloat16)
+    out = attention(q, k, v, implementation=implementation)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), exact(q, k, v), atol=2e-2)
+
+
+def test_choice_of_implementation():
+    choose = lambda q, k, d, dtype, backend, masked=False: choose_implementation(q, k, d, dtype, backend, masked)  # noqa: E731
+    assert choose(4096, 4096, 40, jnp.float32, "cpu") == "chunked"
+    assert choose(4096, 77, 40, jnp.float32, "cpu") == "plain"
+    assert choose(256, 256, 8, jnp.float32, "cpu") == "plain"
+    assert choose(4096, 4096, 40, jnp.bfloat16, "gpu") == "cudnn"
+    assert choose(4096, 4096, 40, jnp.float32, "gpu") == "chunked"
+    assert choose(4096, 4096, 512, jnp.bfloat16, "gpu") == "chunked"  # the VAE's single head is too wide for cuDNN
+    assert choose(77, 77, 64, jnp.bfloat16, "gpu", masked=True) == "plain"
+
+
+def test_chunks_keep_memory_below_the_score_matrix():
+    shape = jax.ShapeDtypeStruct((1, 4096, 2, 8), jnp.float32)
+    compiled = jax.jit(lambda q, k, v: attention(q, k, v, implementation="chunked")).lower(shape, shape, shape).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 4096 * 4 / 2
+
+
+def test_unknown_implementation_is_named():
+    with pytest.raises(ValueError, match="'flash' is unknown: use auto, plain, chunked or cudnn"):
+        attention(*arrays(), implementation="flash")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_modules_keep_shape_and_dtype(dtype, initialise):
+    x, words = jnp.ones((2, 6, 16), dtype), jnp.ones((2, 5, 12), dtype)
+    for layer, inputs in [(Attention(4, dtype=dtype), (x, words)), (FeedForward(dtype=dtype), (x,))]:
+        out = layer.apply({"params": initialise(layer, *inputs)}, *inputs)
+        assert out.shape == x.shape and out.dtype == dtype
+    feature_map = jnp.ones((2, 4, 6, 16), dtype)
+    transformer = SpatialTransformer(4, 8, dtype=dtype)
+    out = transformer.apply({"params": initialise(transformer, feature_map, words)}, feature_map, words)
+    assert out.shape == feature_map.shape and out.dtype == dtype

@@ -1,0 +1,89 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sd_jax.models.layers import Downsample, GroupNorm, Upsample, timestep_embedding
+
+
+def picture(*shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(0.3, 1.0, shape), dtype)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4, 16), (3, 10, 16), (1, 16)])
+def test_group_norm_is_flax_group_norm(shape, initialise):
+    x = picture(*shape)
+    ours, theirs = GroupNorm(4, 1e-5), nn.GroupNorm(4, epsilon=1e-5)
+    params = initialise(ours, x)
+    np.testing.assert_allclose(ours.apply({"params": params}, x), theirs.apply({"params": params}, x), atol=2e-6)
+
+
+def test_group_norm_survives_an_offset_far_above_the_spread(initialise):
+    """E[x^2] - E[x]^2 in float32 would lose the variance of such an input altogether."""
+    x = picture(2, 16, 16, 8) + 1000.0
+    params = initialise(GroupNorm(4), x)
+    exact = np.asarray(x, np.float64).reshape(2, 256, 4, 2)
+    exact = (exact - exact.mean((1, 3), keepdims=True)) / np.sqrt(exact.var((1, 3), keepdims=True) + 1e-5)
+    exact = exact.reshape(x.shape) * np.asarray(params["scale"]) + np.asarray(params["bias"])
+    np.testing.assert_allclose(GroupNorm(4).apply({"params": params}, x), exact, atol=2e-3)
+
+
+def test_group_norm_gradient_is_that_of_flax(initialise):
+    x, weights = picture(2, 4, 4, 8), picture(2, 4, 4, 8, seed=1)
+    params = initialise(GroupNorm(4), x)
+    gradient = lambda m: jax.grad(lambda p, y: (m.apply({"params": p}, y) * weights).sum(), (0, 1))(params, x)  # noqa: E731
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
+        gradient(GroupNorm(4)),
+        gradient(nn.GroupNorm(4, epsilon=1e-5)),
+    )
+
+
+def test_group_norm_takes_its_statistics_in_float32(initialise):
+    x = picture(1, 32, 32, 8, dtype=jnp.bfloat16) + jnp.asarray(8, jnp.bfloat16)
+    params = initialise(GroupNorm(4), x)
+    half = GroupNorm(4, dtype=jnp.bfloat16).apply({"params": params}, x)
+    full = GroupNorm(4).apply({"params": params}, x.astype(jnp.float32))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), full, atol=2e-2)
+
+
+def test_group_norm_names_the_channels_that_do_not_divide():
+    with pytest.raises(ValueError, match="6 channels do not divide into norm_num_groups=4"):
+        GroupNorm(4).init(jax.random.key(0), jnp.zeros((1, 2, 2, 6)))
+
+
+@pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 1)])
+def test_upsample_is_nearest_and_a_convolution(size, initialise):
+    x = picture(2, *size, 8)
+    params = initialise(Upsample(), x)
+    nearest = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    expected = nn.Conv(8, (3, 3), padding=1).apply({"params": params["conv"]}, nearest)
+    np.testing.assert_allclose(Upsample().apply({"params": params}, x), expected, atol=1e-5)
+
+
+def test_downsample_pads_as_asked(initialise):
+    x = picture(1, 6, 4, 8)
+    params = initialise(Downsample(), x)
+    halved = lambda padding: nn.Conv(8, (3, 3), 2, padding=(padding, padding)).apply({"params": params["conv"]}, x)  # noqa: E731
+    np.testing.assert_allclose(Downsample().apply({"params": params}, x), halved((1, 1)), atol=1e-5)
+    np.testing.assert_allclose(Downsample(asymmetric=True).apply({"params": params}, x), halved((0, 1)), atol=1e-5)
+    assert halved((1, 1)).shape == (1, 3, 2, 8)
+
+
+def test_timestep_embedding_takes_fractions():
+    low, middle, high = timestep_embedding(jnp.asarray([500.0, 500.5, 501.0]), 32)
+    assert low.shape == (32,) and low.dtype == jnp.float32
+    np.testing.assert_allclose(low[:1], np.cos([500.0]), atol=1e-4)  # the first frequency is 1, cosines come first
+    assert np.linalg.norm(middle - low) < np.linalg.norm(high - low)
+
+
+@pytest.mark.parity
+def test_timestep_embedding_is_that_of_diffusers():
+    import torch
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    timesteps = np.asarray([0.0, 1.0, 37.25, 999.0], np.float32)
+    expected = get_timestep_embedding(torch.tensor(timesteps), 320, flip_sin_to_cos=True, downscale_freq_shift=0)
+    np.testing.assert_allclose(timestep_embedding(jnp.asarray(timesteps), 320), expected.numpy(), atol=1e-4)

@@ -1,0 +1,141 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sd_jax.models.presets import SD15, TINY, VAEConfig
+from sd_jax.models.vae import VAE, Posterior, apply_decode, apply_encode, gaussian_latents
+
+CONFIG = TINY.vae
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def params(initialise):
+    return initialise(VAE(CONFIG), normal(1, 16, 16, 3))
+
+
+def test_shapes_of_latents_and_image(params):
+    image = normal(2, 16, 24, 3)
+    posterior = apply_encode(VAE(CONFIG), params, image)
+    assert posterior.mean.shape == posterior.logvar.shape == (2, 4, 6, 4)
+    assert apply_decode(VAE(CONFIG), params, posterior.mean).shape == image.shape
+
+
+def test_sd15_has_its_84_million_parameters():
+    shapes = jax.eval_shape(VAE(SD15.vae).init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 83_653_863
+
+
+def test_posterior_is_float32_whatever_the_computation_is(params):
+    image = normal(1, 16, 16, 3)
+    full = apply_encode(VAE(CONFIG), params, image)
+    half = apply_encode(VAE(CONFIG, dtype=jnp.bfloat16), params, image)
+    assert half.mean.dtype == jnp.float32
+    assert np.linalg.norm(half.mean - full.mean) < 0.1 * np.linalg.norm(full.mean)
+    assert apply_decode(VAE(CONFIG, dtype=jnp.bfloat16), params, full.mean).dtype == jnp.bfloat16
+
+
+def test_remat_changes_neither_output_nor_gradient(params):
+    image = normal(1, 16, 16, 3)
+
+    def value_and_gradient(remat):
+        loss = lambda p: jnp.square(VAE(CONFIG, remat=remat).apply({"params": p}, image)).mean()  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(a).max() + 1e-12),
+        value_and_gradient(False),
+        value_and_gradient(True),
+    )
+
+
+def test_kl_is_zero_at_the_prior_and_that_of_the_closed_form_elsewhere():
+    zero = jnp.zeros((2, 3, 3, 4))
+    np.testing.assert_array_equal(Posterior(zero, zero).kl(), [0.0, 0.0])
+    # KL(N(1, 4) || N(0, 1)) = (1 + 4 - 1 - ln 4) / 2 for each of the 36 numbers
+    expected = 36 * (4 - np.log(4.0)) / 2
+    np.testing.assert_allclose(Posterior(zero + 1, zero + np.log(4.0)).kl(), [expected] * 2, rtol=1e-6)
+
+
+def test_samples_of_the_posterior_have_its_moments():
+    posterior = Posterior(jnp.full((1, 64, 64, 4), 2.0), jnp.full((1, 64, 64, 4), np.log(0.25)))
+    sample = posterior.sample(normal(1, 64, 64, 4))
+    assert abs(float(sample.mean()) - 2.0) < 0.02 and abs(float(sample.std()) - 0.5) < 0.02
+
+
+def test_log_variance_is_clipped_so_that_no_sample_overflows():
+    posterior = Posterior.from_moments(jnp.full((1, 2, 2, 8), 1e4))
+    assert np.isfinite(posterior.sample(jnp.ones((1, 2, 2, 4)))).all()
+    np.testing.assert_array_equal(posterior.logvar, jnp.full((1, 2, 2, 4), 20.0))
+
+
+def test_latents_are_scaled_and_random_only_with_a_key():
+    posterior = Posterior(normal(1, 4, 4, 4), jnp.zeros((1, 4, 4, 4)))
+    mean = gaussian_latents(posterior, None, 0.5)
+    np.testing.assert_allclose(mean, 0.5 * posterior.mean)
+    one, two = (gaussian_latents(posterior, jax.random.key(seed), 0.5) for seed in (1, 2))
+    assert np.abs(one - two).max() > 0.1
+
+
+def test_odd_sides_are_named():
+    with pytest.raises(ValueError, match="a picture of 10x16 has a side not divisible by 4"):
+        VAE(CONFIG).init(jax.random.key(0), jnp.zeros((1, 16, 10, 3)))
+
+
+# Parity with diffusers
+
+
+def reference(config: VAEConfig):
+    import torch
+    from diffusers import AutoencoderKL
+
+    levels = len(config.block_out_channels)
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_num_groups,
+        sample_size=config.sample_size,
+        scaling_factor=config.scaling_factor,
+    )
+    return model.eval()
+
+
+def parity_errors(config, image, from_torch, relative_error):
+    """Errors of the mean, the log-variance and the decoded image."""
+    import torch
+
+    model = reference(config)
+    to_torch = lambda x: torch.tensor(np.asarray(x).transpose(0, 3, 1, 2))  # noqa: E731
+    to_numpy = lambda x: x.permute(0, 2, 3, 1).numpy()  # noqa: E731
+    params = from_torch(model)
+    with torch.no_grad():
+        expected = model.encode(to_torch(image)).latent_dist
+        mean, logvar = to_numpy(expected.mean), to_numpy(expected.logvar)
+        decoded = to_numpy(model.decode(expected.mean).sample)
+    posterior = jax.jit(lambda p, x: apply_encode(VAE(config), p, x))(params, image)
+    ours = jax.jit(lambda p, z: apply_decode(VAE(config), p, z))(params, jnp.asarray(mean) * config.scaling_factor)
+    return (
+        relative_error(posterior.mean, mean),
+        relative_error(posterior.logvar, logvar),
+        relative_error(ours, decoded),
+    )
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("size", [(32, 32), (16, 40)])
+def test_equals_diffusers(size, from_torch, relative_error):
+    assert max(parity_errors(CONFIG, normal(2, *size, 3), from_torch, relative_error)) < 1e-5
+
+
+@pytest.mark.parity
+@pytest.mark.slow
+def test_equals_diffusers_at_full_size(from_torch, relative_error):
+    assert max(parity_errors(SD15.vae, normal(1, 128, 192, 3), from_torch, relative_error)) < 1e-5
