@@ -52,12 +52,12 @@ clean:
 
 $(INSTALLED): setup.py constraints.txt | .venv/bin/python
 	@echo "installing into .venv (minutes; about 1.5 GB on disk, more with EXTRAS)"
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[test$(EXTRAS:%=$(comma)%)]"
+	$(RUN) -m pip install -qq --constraint constraints.txt --editable ".[test$(EXTRAS:%=$(comma)%)]"
 	@touch $@
 
 # k-diffusion without its own requirements, of which the tests need none.
 $(REFERENCES): $(INSTALLED)
 	@echo "installing the references of the parity tests (torch, diffusers, k-diffusion)"
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[parity]"
-	$(RUN) -m pip install --quiet --constraint constraints.txt --no-deps k-diffusion
+	$(RUN) -m pip install -qq --constraint constraints.txt --editable ".[parity]"
+	$(RUN) -m pip install -qq --constraint constraints.txt --no-deps k-diffusion
 	@touch $@

@@ -2,13 +2,9 @@
 
 import atexit
 import functools
-import importlib
-import importlib.util
 import os
 import shutil
-import sys
 import tempfile
-import types
 
 _TEMPORARY = tempfile.mkdtemp(prefix="sd_jax_tests_")
 atexit.register(shutil.rmtree, _TEMPORARY, ignore_errors=True)
@@ -28,7 +24,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else the library warns in ever
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import optax  # noqa: E402
-import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -67,28 +62,3 @@ def _let_optax_promote() -> None:
 _leave_pytrees_unchecked()
 _let_optax_promote()
 jaxtyping.install_import_hook(["sd_jax"], "beartype.beartype")  # before the first import of sd_jax
-
-
-@pytest.fixture(scope="session")
-def k_diffusion_sampling():
-    """The module k_diffusion.sampling, for parity tests.
-
-    The package's own __init__ imports its training code, and with it wandb, torchvision and more that `make parity`
-    does not install. So the package is entered by the side door, and what `sampling` and `utils` import but do not
-    need for the deterministic samplers is absent for a moment only.
-    """
-    spec = importlib.util.find_spec("k_diffusion")
-    if spec is None:
-        pytest.fail("k-diffusion is missing: `make parity` installs it")
-    absent = ("torchdiffeq", "torchsde", "torchvision", "torchvision.transforms", "torchvision.transforms.functional")
-    stubs = {name: types.ModuleType(name) for name in absent if name not in sys.modules}
-    if "torchdiffeq" in stubs:
-        stubs["torchdiffeq"].odeint = None
-    if "torchvision.transforms" in stubs:
-        stubs["torchvision.transforms"].functional = stubs["torchvision.transforms.functional"]
-    package = types.ModuleType("k_diffusion")
-    package.__path__ = list(spec.submodule_search_locations)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, module in {**stubs, "k_diffusion": package}.items():
-            patch.setitem(sys.modules, name, module)
-        return importlib.import_module("k_diffusion.sampling")

@@ -1,6 +1,7 @@
 """Files and folders appear whole or not at all: they are written aside, then renamed."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ def aside(target: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
         _replace(work, target)
     except OSError as error:
         _remove(work)
+        if error.errno == errno.ENOENT:  # something that the block wanted to read
+            raise
         raise OSError(error.errno, f"could not write: {error.strerror or error}", str(target)) from error
     except BaseException:
         _remove(work)

@@ -74,12 +74,11 @@ def open_file(path: str | os.PathLike) -> Contents:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(1024)
-        _refuse_other_formats(path, start)
         if size < 8:
             raise CheckpointError(f"{path}: not a safetensors file ({size} bytes): download or copy it again")
         (length,) = struct.unpack("<Q", start[:8])
         if length > _HEADER_LIMIT:
-            raise CheckpointError(f"{path}: not a safetensors file, or its header is damaged")
+            raise CheckpointError(f"{path}: {_what_else(start)}")
         if 8 + length > size:
             raise CheckpointError(f"{path}: cut short within its header: download or copy it again")
         file.seek(8)
@@ -106,13 +105,15 @@ def open_sharded(index: str | os.PathLike) -> Contents:
     return Contents({tensor: shards[shard][tensor] for tensor, shard in where.items()}, {})
 
 
-def _refuse_other_formats(path: Path, start: bytes) -> None:
+def _what_else(start: bytes) -> str:
+    """Of a file whose first 8 bytes are no length of a header."""
     if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path}: a Git LFS pointer, not the file itself: run `git lfs pull`, or download it")
-    if start[:4] == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise CheckpointError(f"{path}: a pickled PyTorch file, which is not read yet: convert it to .safetensors first")
+        return "a Git LFS pointer, not the file itself: run `git lfs pull`, or download it"
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        return "a pickled PyTorch file, which is not read yet: convert it to .safetensors first"
     if start.lstrip()[:1] == b"<":
-        raise CheckpointError(f"{path}: a web page, not a checkpoint: download the file itself")
+        return "a web page, not a checkpoint: download the file itself"
+    return "not a safetensors file, or its header is damaged: download or copy it again"
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:

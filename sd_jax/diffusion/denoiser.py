@@ -12,6 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sd_jax.diffusion.predictions import along_batch, prediction, to_x0
@@ -27,10 +28,10 @@ Denoise = Callable[[Array, Array], Array]
 
 
 def make_denoiser(predict: Predict, cfg: NoiseScheduleConfig) -> ConditionedDenoise:
-    """The denoiser of Eq. 1 for a network trained on the discrete schedule `cfg`, in float32 whatever the network's dtype.
+    """The denoiser of Eq. 1 for a network trained on the discrete schedule `cfg`.
 
-    `predict` gets float32 latents and float32 timesteps and may answer in any floating dtype. What it conditions on
-    passes through untouched; `guidance.py` binds it.
+    It computes in float32 whatever the network's dtype: `predict` gets float32 latents and timesteps and may answer in
+    any floating dtype. What it conditions on passes through untouched; `guidance.py` binds it.
     """
     log_sigmas = np.log(sigmas_of(cfg))
     row = prediction(cfg.prediction_type)
@@ -45,6 +46,6 @@ def make_denoiser(predict: Predict, cfg: NoiseScheduleConfig) -> ConditionedDeno
     return denoise
 
 
-def state_dtype(dtype: Any) -> Any:
+def state_dtype(dtype: DTypeLike) -> DTypeLike:
     """What a sampler computes in: float32, or float64 where x already is (in tests)."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(dtype) if dtype == jnp.float64 else jnp.dtype(jnp.float32)

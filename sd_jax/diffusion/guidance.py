@@ -29,7 +29,7 @@ def classifier_free(
     uncond: Any,  # the same pytree with the same shapes
     scale: Float[Array, "..."],  # scalar or [batch]; traced, so another scale does not recompile; 1 = no guidance
 ) -> Denoise:
-    """The guided `denoise(x, sigma)` of Eq. 1. The model is called once, on twice the batch: uncond first, then cond."""
+    """The guided `denoise(x, sigma)` of Eq. 1, by one call of the model on twice the batch: uncond, then cond."""
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), uncond, cond)
 
     def guided(x: Float[Array, "batch *dims"], sigma: Float[Array, "..."]) -> Array:

@@ -70,9 +70,7 @@ def noised(
     return Noised(x, sigma, row.c_in(s) * x, row.target(x0, n, s))
 
 
-def min_snr_weights(
-    sigma: Float[Array, " batch"], prediction_type: str, gamma: float | None
-) -> Float[Array, " batch"]:
+def min_snr_weights(sigma: Float[Array, " batch"], prediction_type: str, gamma: float | None) -> Float[Array, " batch"]:
     """w of Eq. 2 for each example; gamma None = all ones. 5 is the paper's choice.
 
     At snr = 0 and at infinity it has its limits (at snr = 0: 1 for epsilon, else 0), never NaN.

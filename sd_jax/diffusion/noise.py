@@ -10,6 +10,7 @@ does not depend on the batch's size, on its neighbours, on how the batch lies on
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 STARTING_NOISE = 0  # the draw's number
@@ -25,8 +26,12 @@ def image_keys(seed: int, batch_size: int) -> Key[Array, " batch"]:
     return jax.random.wrap_key_data(jnp.asarray(data), impl="threefry2x32")
 
 
-def example_keys(key: Key[Array, ""], step: Int[Array, ""] | int, examples: Int[Array, " batch"]) -> Key[Array, " batch"]:
-    """Keys of a training step's examples, `examples` being their places in the global batch (or any numbers of theirs)."""
+def example_keys(
+    key: Key[Array, ""],  # the run's
+    step: Int[Array, ""] | int,
+    examples: Int[Array, " batch"],  # places in the global batch, or any numbers that tell examples apart
+) -> Key[Array, " batch"]:
+    """Keys of the examples of a training step."""
     step_key = jax.random.fold_in(key, step)
     return jax.vmap(lambda example: jax.random.fold_in(step_key, example))(examples)
 
@@ -35,7 +40,7 @@ def normal(
     keys: Key[Array, " batch"],
     draw: Int[Array, ""] | int,  # which draw of each image this is
     shape: tuple[int, ...],  # of one image
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "batch ..."]:
     """Standard normal numbers, [batch, *shape]."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, draw), shape, dtype))(keys)
@@ -55,7 +60,7 @@ def step_noise(
     keys: Key[Array, " batch"],
     step: Int[Array, ""] | int,  # of the sampler, from 0
     shape: tuple[int, ...],
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "batch ..."]:
     """What a stochastic sampler adds at a step, before its scaling, [batch, *shape]."""
     return normal(keys, STARTING_NOISE + 1 + step, shape, dtype)

@@ -67,7 +67,7 @@ def heun(denoise, x, state, sigma, sigma_next, noise):
     def corrected():
         slope = (x - denoised) / sigma
         slope_next = (predicted - denoise(predicted, sigma_next)) / sigma_next
-        return x + (sigma_next - sigma) * (slope + slope_next) / 2
+        return predicted + (sigma_next - sigma) * (slope_next - slope) / 2
 
     return jax.lax.cond(sigma_next > 0, corrected, lambda: predicted), denoised, state
 

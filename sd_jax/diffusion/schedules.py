@@ -79,12 +79,12 @@ def timestep_to_sigma(timestep: Float[np.ndarray, "*shape"], sigmas: Float[np.nd
     return np.exp(np.interp(timestep, np.arange(len(sigmas)), np.log(sigmas)))
 
 
-# --- ladders -----------------------------------------------------------------------------------------------------------
+# --- ladders ---------------------------------------------------------------------------------------------------------
 # Each entry: (steps, the discrete schedule's sigmas) -> the sigmas at which the model is called, descending, [steps].
 
 
 def _normal(steps, sigmas):
-    """Even in timestep, fractions kept: k-diffusion's `get_sigmas`, ComfyUI's normal, diffusers' Euler with linspace."""
+    """Even in timestep, fractions kept: k-diffusion's `get_sigmas`; diffusers' Euler and Heun call it linspace."""
     return timestep_to_sigma(np.linspace(len(sigmas) - 1, 0, steps), sigmas)
 
 
@@ -95,7 +95,8 @@ def _karras(steps, sigmas, rho=7.0):
 
 def _leading(steps, sigmas):
     """diffusers' timestep_spacing="leading" with steps_offset=1, the setting of Stable Diffusion."""
-    return sigmas[np.arange(steps)[::-1] * (len(sigmas) // steps) + 1]
+    timesteps = np.arange(steps)[::-1] * (len(sigmas) // steps) + 1
+    return sigmas[np.minimum(timesteps, len(sigmas) - 1)]
 
 
 def _trailing(steps, sigmas):
@@ -142,12 +143,9 @@ def make_sigmas(
     if steps < 1:
         raise ValueError(f"steps is {steps}: at least 1 is needed")
     trained = sigmas_of(cfg)
-    try:
-        sigmas = SCHEDULES[schedule](steps, trained)
-    except IndexError:
-        sigmas = np.zeros(2)
+    sigmas = SCHEDULES[schedule](steps, trained)
     if np.any(np.diff(sigmas) >= 0):
-        raise ValueError(f"schedule {schedule!r} has no {steps} different steps among {len(trained)} timesteps: use fewer")
+        raise ValueError(f"schedule {schedule!r} has no {steps} different steps in {len(trained)} timesteps: use fewer")
     final = trained[0] if _variance_preserving(schedule, sampler) else 0.0
     return np.append(sigmas, final).astype(np.float32)
 

@@ -8,7 +8,7 @@ The judge is told nothing of the prompt. For each picture:
 3. The background is the nearest of all backgrounds, in squared distance, over the pixels away from the things.
 4. Matting. With B the background and C the thing's colour, alpha = <p - B, C - B> / |C - B|^2 near the thing.       (1)
 5. Shape, size and centre are those of the template with the greatest normalised correlation with alpha, over
-   shapes x sizes x three scales around each size x shifts of half a pixel.
+   shapes x sizes x three scales around each size x two degrees of blur x shifts of half a pixel.
 6. Position and relation follow from the centres by the definitions in sd_jax.data.shapes.
 
 Pictures of more than 64 pixels a side are averaged down first: nothing that is read is finer.
@@ -28,6 +28,7 @@ from sd_jax.data.shapes_drawing import BACKGROUNDS, background_levels, coverage
 MAX_RESOLUTION = 64  # pixels of the side at which pictures are judged
 SMALLEST_AREA = 0.0095  # of the picture: less is a speck. A third of the smallest thing
 SECOND_COLOUR_AREA = 0.02  # of the picture: a component with so much of another colour is two things
+BLUR = 1.2  # standard deviation, in pixels, of the blurred templates
 CHUNK = 256  # pictures read at once, which bounds memory
 
 _RGB = np.array(list(COLOURS.values()), np.float32)  # [colours, 3]
@@ -42,7 +43,7 @@ _CHROMA_LENGTH = np.linalg.norm(_CHROMA, axis=1)
 
 @dataclasses.dataclass(frozen=True)
 class _Templates:
-    """Every (shape, size, scale, shift) drawn with its centre of mass near the middle of a window, of norm one."""
+    """Every (shape, size, scale, blur, shift) drawn with its centre of mass near the middle of a window, of norm one."""
 
     window: int  # pixels of the side, odd
     arrays: np.ndarray  # float32 [templates, window * window]
@@ -67,6 +68,8 @@ def _templates(resolution: int, pair: bool) -> _Templates:
     half = math.ceil(max(radii.values()) * 1.2 * resolution) + 2
     window = 2 * half + 1
     shifts = [step / 2.0 for step in range(-2, 3)]
+    blur = np.exp(-0.5 * (np.arange(-3, 4) / BLUR) ** 2)
+    smear = sum(weight * np.eye(window, k=k) for k, weight in enumerate(blur / blur.sum(), start=-3)).astype(np.float32)
     arrays, names, centres = [], [], []
     for shape in SHAPES:
         mass_x, mass_y = _centre_of_mass(shape)
@@ -77,13 +80,13 @@ def _templates(resolution: int, pair: bool) -> _Templates:
                     for dy in shifts:
                         centre = (dx - mass_x * radius, dy - mass_y * radius)
                         x, y = (0.5 + c / window for c in centre)
-                        # Edges are drawn softer than a fresh picture's and sharper than a decoder's.
                         alpha, rows, columns = coverage(shape, x, y, radius / window, window, softness=1.5)
                         array = np.zeros((window, window), np.float32)
                         array[rows, columns] = alpha
-                        arrays.append(array.ravel() / np.linalg.norm(array))
-                        names.append((shape, size))
-                        centres.append(centre)
+                        for variant in (array, smear @ array @ smear):  # as drawn, and as a poor decoder draws it
+                            arrays.append(variant.ravel() / np.linalg.norm(variant))
+                            names.append((shape, size))
+                            centres.append(centre)
     return _Templates(window, np.stack(arrays), tuple(names), np.array(centres, np.float32))
 
 
@@ -157,31 +160,46 @@ def _read_colour(chroma: np.ndarray, alpha: np.ndarray, mask: np.ndarray) -> int
     return int(np.argmin(((gain[:, None] * _CHROMA - mean) ** 2).sum(1)))
 
 
-def _read_thing(
+@dataclasses.dataclass(frozen=True)
+class _Cutout:
+    """The matte of one thing, laid with the middle pixel of its window on the centre of mass."""
+
+    colour: int
+    column: int
+    row: int
+    matte: np.ndarray  # float32 [window * window]
+
+
+def _cut_out(
     picture: np.ndarray,  # [side, side, 3]
     levels: np.ndarray,  # [side, side], the background
     colour: int,
     mask: np.ndarray,  # bool [side, side]
     others: np.ndarray,  # bool [side, side], the masks of the other things
-    templates: _Templates,
-) -> Thing:
-    side = picture.shape[0]
+    window: int,
+) -> _Cutout:
     behind = levels[:, :, None]
     span = _RGB[colour] - behind
     alpha = ((picture - behind) * span).sum(-1) / (span * span).sum(-1)  # (Eq. 1)
     near = _grown(mask, 2) & ~_grown(others, 1)
     alpha = np.where(near, np.clip(alpha / np.clip(np.percentile(alpha[mask], 80), 0.5, 1.2), 0.0, 1.0), 0.0)
-    # The window is laid with its middle pixel on the centre of mass.
-    middle = (np.arange(side) + 0.5).astype(np.float32)
-    mass = alpha.sum()
+    middle, mass = np.arange(picture.shape[0]) + 0.5, alpha.sum()
     column, row = int((alpha.sum(0) * middle).sum() / mass), int((alpha.sum(1) * middle).sum() / mass)
-    half = templates.window // 2
-    padded = np.pad(alpha, half)
-    window = padded[row : row + templates.window, column : column + templates.window]
-    best = int(np.argmax(templates.arrays @ window.ravel()))
-    shape, size = templates.names[best]
-    x, y = (np.array([column, row]) + 0.5 + templates.centres[best]) / side
-    return Thing(shape, tuple(COLOURS)[colour], size, float(x), float(y))
+    padded = np.pad(alpha, window // 2)
+    return _Cutout(colour, column, row, padded[row : row + window, column : column + window].ravel())
+
+
+def _name_cutouts(cutouts: list[_Cutout], templates: _Templates, side: int) -> list[Thing]:
+    """The things whose templates fit best."""
+    if not cutouts:
+        return []
+    things = []
+    fits = np.stack([cutout.matte for cutout in cutouts]).astype(np.float32) @ templates.arrays.T
+    for cutout, best in zip(cutouts, fits.argmax(1), strict=True):
+        shape, size = templates.names[best]
+        x, y = (np.array([cutout.column, cutout.row]) + 0.5 + templates.centres[best]) / side
+        things.append(Thing(shape, tuple(COLOURS)[cutout.colour], size, float(x), float(y)))
+    return things
 
 
 def _relation(first: Thing, second: Thing) -> str:
@@ -208,23 +226,28 @@ def _read_chunk(pictures: np.ndarray) -> list[Scene]:
     distances = free @ (backgrounds**2).T - 2.0 * (free * grey) @ backgrounds.T  # less a term common to all
     nearest = distances.argmin(1)
 
-    scenes = []
+    cutouts = {False: [], True: []}  # of things alone, and of things in pairs: the latter are drawn smaller
     for i, masks in enumerate(found):
         level = backgrounds[nearest[i]]
         drift = ((grey[i] - level) * free[i]).sum() / max(free[i].sum(), 1.0)
-        things = tuple(
-            _read_thing(
-                pictures[i],
-                (level + drift).reshape(side, side),
-                _read_colour(chroma[i], alpha[i], mask),
-                mask,
-                np.any([other for other in masks if other is not mask] or [np.zeros_like(mask)], axis=0),
-                _templates(side, len(masks) > 1),
+        for mask in masks:
+            cutouts[len(masks) > 1].append(
+                _cut_out(
+                    pictures[i],
+                    (level + drift).reshape(side, side),
+                    _read_colour(chroma[i], alpha[i], mask),
+                    mask,
+                    np.any([other & ~mask for other in masks], axis=0),
+                    _templates(side, len(masks) > 1).window,
+                )
             )
-            for mask in masks
-        )
+    named = {pair: iter(_name_cutouts(cutouts[pair], _templates(side, pair), side)) for pair in cutouts}
+
+    scenes = []
+    for masks, background in zip(found, nearest, strict=True):
+        things = tuple(next(named[len(masks) > 1]) for _ in masks)
         relation = _relation(things[0], things[1]) if len(things) == 2 else None
-        scenes.append(Scene(things, BACKGROUNDS[nearest[i]], relation))
+        scenes.append(Scene(things, BACKGROUNDS[background], relation))
     return scenes
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sd_jax.models.layers import Dtype, GroupNorm, conv, dense
+from sd_jax.models.layers import Dtype, GroupNorm, LayerNorm, conv, dense
 
 PLAIN_LIMIT = 1024 * 1024  # queries x keys of one head; beyond it the score matrix falls out of every cache
 QUERY_CHUNK = 512
@@ -146,7 +146,7 @@ class TransformerBlock(nn.Module):
         self, x: Float[Array, "batch tokens width"], context: Float[Array, "batch words context_width"]
     ) -> Float[Array, "batch tokens width"]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        norm = lambda name: nn.LayerNorm(epsilon=1e-5, name=name, **types)  # noqa: E731
+        norm = lambda name: LayerNorm(name=name, **types)  # noqa: E731
         x = x + Attention(self.heads, name="attn1", **types)(norm("norm1")(x))
         x = x + Attention(self.heads, name="attn2", **types)(norm("norm2")(x), context)
         return x + FeedForward(name="ff", **types)(norm("norm3")(x))

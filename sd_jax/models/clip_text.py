@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 from sd_jax.models.attention import attention
-from sd_jax.models.layers import Dtype, dense
+from sd_jax.models.layers import Dtype, LayerNorm, dense
 from sd_jax.models.presets import CLIPTextConfig
 from sd_jax.types import Conditioning, TokenIds
 
@@ -49,7 +49,7 @@ class _Layer(nn.Module):
 
 
 def _layer_norm(config, name, like):
-    return nn.LayerNorm(config.layer_norm_eps, dtype=like.dtype, param_dtype=like.param_dtype, name=name)
+    return LayerNorm(config.layer_norm_eps, dtype=like.dtype, param_dtype=like.param_dtype, name=name)
 
 
 class _Embeddings(nn.Module):

@@ -66,6 +66,24 @@ def dense(features: int, name: str, like: nn.Module, use_bias: bool = True) -> n
     return nn.Dense(features, use_bias=use_bias, dtype=like.dtype, param_dtype=like.param_dtype, name=name)
 
 
+class LayerNorm(nn.Module):
+    """Layer normalisation (Ba et al. 2016) over the last axis, in float32."""
+
+    epsilon: float = 1e-5
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+        centred = x.astype(jnp.float32)
+        centred = centred - centred.mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
+        scale, bias = scale.astype(jnp.float32), bias.astype(jnp.float32)
+        return (y * scale[None, None] + bias[None, None]).astype(self.dtype)
+
+
 class Downsample(nn.Module):
     """Half the size by a strided 3x3 convolution. `asymmetric` pads right and bottom only, as the VAE's encoder does."""
 

@@ -7,7 +7,6 @@
 
 import flax.linen as nn
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -15,7 +14,7 @@ from sd_jax.models.attention import attention
 from sd_jax.models.layers import Downsample, Dtype, GroupNorm, Upsample, conv, dense
 from sd_jax.models.presets import VAEConfig
 from sd_jax.models.resnet import ResnetBlock
-from sd_jax.types import Image
+from sd_jax.types import Image, Pixels
 
 
 @flax.struct.dataclass
@@ -168,7 +167,7 @@ class VAE(nn.Module):
             raise ValueError(f"a picture of {image.shape[2]}x{image.shape[1]} has a side not divisible by {factor}")
         return Posterior.from_moments(self.quant_conv(self.encoder(image)))
 
-    def decode(self, z: Float[Array, "batch height width channels"]) -> Image:
+    def decode(self, z: Float[Array, "batch latent_height latent_width channels"]) -> Image:
         """Unscaled latents -> image, about [-1, 1], not clipped."""
         return self.decoder(self.post_quant_conv(z.astype(self.dtype)))
 
@@ -176,16 +175,11 @@ class VAE(nn.Module):
         return self.decode(self.encode(image).mean)
 
 
-def apply_encode(vae: VAE, params, image: Image) -> Posterior:
-    return vae.apply({"params": params}, image, method="encode")
+def to_image(pixels: Pixels) -> Image:
+    """uint8 [0, 255] -> float32 [-1, 1]."""
+    return pixels.astype(jnp.float32) / 127.5 - 1.0
 
 
-def apply_decode(vae: VAE, params, latents: Float[Array, "batch height width channels"]) -> Image:
-    """Scaled latents to an image (Eq. 2)."""
-    return vae.apply({"params": params}, latents / vae.config.scaling_factor, method="decode")
-
-
-def gaussian_latents(posterior: Posterior, key: jax.Array | None, scaling_factor: float) -> Array:
-    """Scaled latents (Eq. 2): the posterior's mean, or a sample where a key is given."""
-    z = posterior.mean if key is None else posterior.sample(jax.random.normal(key, posterior.mean.shape))
-    return z * scaling_factor
+def to_pixels(image: Image) -> Pixels:
+    """Float [-1, 1] -> uint8 [0, 255], rounded and clipped."""
+    return jnp.round(jnp.clip(image.astype(jnp.float32) * 127.5 + 127.5, 0.0, 255.0)).astype(jnp.uint8)

@@ -12,23 +12,24 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from sd_jax import sharding
+from sd_jax.diffusion import noise
 from sd_jax.training import ema
 from sd_jax.training.state import TrainState
 from sd_jax.types import Params
 
 Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
-Loss = Callable[[Params, Batch, jax.Array], tuple[Float[Array, ""], Metrics]]
+Loss = Callable[[Params, Batch, Key[Array, " batch"]], tuple[Float[Array, ""], Metrics]]
 
 
 def train_step(
     state: TrainState,
     batch: Batch,
     *,
-    loss: Loss,  # (whole model, batch, step key) -> mean loss, metrics
+    loss: Loss,  # (whole model, batch, a key per image) -> mean loss, metrics
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     seed: int,
@@ -36,10 +37,10 @@ def train_step(
     mean: Callable = lambda tree: tree,  # over the devices that each see a part of the batch
 ) -> tuple[TrainState, Metrics]:
     """A step whose loss or gradient is not finite changes nothing but the count (`skipped` = 1)."""
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
 
     def of_params(params, micro_batch):
-        return loss({**state.frozen, **params}, micro_batch, key)
+        keys = noise.example_keys(jax.random.key(seed), state.step, micro_batch["slot"])
+        return loss({**state.frozen, **params}, micro_batch, keys)
 
     def accumulate(total, micro_batch):
         (value, metrics), grads = jax.value_and_grad(of_params, has_aux=True)(state.params, micro_batch)

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from sd_jax.models import attention as module
 from sd_jax.models.attention import Attention, FeedForward, SpatialTransformer, attention, choose_implementation
@@ -49,7 +50,7 @@ def test_every_implementation_has_the_same_gradient(queries, small_chunks):
 
 def test_gradient_is_that_of_finite_differences():
     inputs = arrays(batch=1, queries=3, keys=4, heads=2, dim=4)
-    jax.test_util.check_grads(lambda *x: attention(*x, implementation="plain"), inputs, 1, ["rev"], atol=2e-2, rtol=2e-2)
+    check_grads(lambda *x: attention(*x, implementation="plain"), inputs, 1, ["rev"], atol=2e-2, rtol=2e-2)
 
 
 def test_causal_sees_no_later_key():

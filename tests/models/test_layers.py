@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sd_jax.models.layers import Downsample, GroupNorm, Upsample, timestep_embedding
+from sd_jax.models.layers import Downsample, GroupNorm, LayerNorm, Upsample, timestep_embedding
 
 
 def picture(*shape, seed=0, dtype=jnp.float32):
@@ -47,6 +47,15 @@ def test_group_norm_takes_its_statistics_in_float32(initialise):
     full = GroupNorm(4).apply({"params": params}, x.astype(jnp.float32))
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), full, atol=2e-2)
+
+
+def test_layer_norm_is_flax_layer_norm(initialise):
+    x = picture(2, 5, 16)
+    params = initialise(LayerNorm(), x)
+    np.testing.assert_allclose(
+        LayerNorm().apply({"params": params}, x), nn.LayerNorm(1e-5).apply({"params": params}, x), atol=2e-6
+    )
+    assert LayerNorm(dtype=jnp.bfloat16).apply({"params": params}, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_group_norm_names_the_channels_that_do_not_divide():

@@ -1,0 +1,107 @@
+"""diffusers' and transformers' names and layouts <-> our parameter names, by rule, both ways.
+
+    down_blocks.0.attentions.0.proj_in.weight (out, in, h, w)  <->  down_blocks_0/attentions_0/proj_in/kernel (h, w, in, out)
+    ...to_out.0.weight (out, in)                               <->  ...to_out_0/kernel (in, out)
+    ...norm1.weight                                            <->  ...norm1/scale
+    ...token_embedding.weight                                  <->  ...token_embedding/embedding
+
+Read besides, never written: the VAE attention's names before diffusers 0.17, its weights as 1x1 convolutions, text encoders
+without the `text_model.` level (as transformers 5 writes them), and buffers that are no parameters.
+"""
+
+from collections.abc import Mapping
+
+from sd_jax.checkpoints import layout
+from sd_jax.checkpoints.tensors import Tensor
+from sd_jax.models.presets import CLIPTextConfig, UNetConfig, VAEConfig
+
+# Lists of modules in torch, whose index we join with "_". (`linear_1` is a name of its own, not a list.)
+_LISTS = {"down_blocks", "up_blocks", "resnets", "attentions", "transformer_blocks", "downsamplers", "upsamplers"}
+_LISTS |= {"to_out", "net", "layers"}
+
+_OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+# In text encoders' files, but no parameters of CLIPTextModel
+_TEXT_BAGGAGE = ("embeddings.position_ids", "text_projection.weight", "logit_scale")
+
+
+def from_diffusers(
+    part: str,
+    tensors: Mapping[str, Tensor],
+    config: UNetConfig | VAEConfig | CLIPTextConfig,
+    where: str,
+) -> dict[str, Tensor]:
+    """One network's tensors by diffusers' names -> by ours ("a/b/kernel"), in our layout. `where` is for messages.
+
+    Raises CheckpointError listing what is missing, unexpected or of another shape.
+    """
+    tensors = _modern(part, tensors)
+    layout.check(part, tensors, config, where)
+    return {our_name(name, tensor.ndim): _our_layout(name, tensor) for name, tensor in tensors.items()}
+
+
+def to_diffusers(
+    part: str,
+    tensors: Mapping[str, Tensor],
+    config: UNetConfig | VAEConfig | CLIPTextConfig,
+    where: str,
+) -> dict[str, Tensor]:
+    """The inverse of `from_diffusers`, as strict."""
+    theirs = {their_name(name): _their_layout(name, tensor) for name, tensor in tensors.items()}
+    layout.check(part, theirs, config, where)
+    return theirs
+
+
+def our_name(name: str, ndim: int) -> str:
+    """`ndim` tells a norm's weight (1) from a linear's (2) or a convolution's (4)."""
+    *modules, leaf = name.split(".")
+    joined = []
+    for module in modules:
+        if module.isdigit() and joined and joined[-1] in _LISTS:
+            joined[-1] = f"{joined[-1]}_{module}"
+        else:
+            joined.append(module)
+    if leaf == "weight":
+        leaf = "embedding" if joined[-1].endswith("_embedding") else "scale" if ndim == 1 else "kernel"
+    return "/".join([*joined, leaf])
+
+
+def their_name(name: str) -> str:
+    *modules, leaf = name.split("/")
+    split = []
+    for module in modules:
+        stem, _, index = module.rpartition("_")
+        split += [stem, index] if stem in _LISTS and index.isdigit() else [module]
+    return ".".join([*split, "bias" if leaf == "bias" else "weight"])
+
+
+def _our_layout(name: str, tensor: Tensor) -> Tensor:
+    if tensor.ndim == 4:
+        return tensor.transpose(2, 3, 1, 0)  # OIHW -> HWIO
+    return tensor.transpose(1, 0) if tensor.ndim == 2 and not name.endswith("_embedding.weight") else tensor
+
+
+def _their_layout(name: str, tensor: Tensor) -> Tensor:
+    if tensor.ndim == 4:
+        return tensor.transpose(3, 2, 0, 1)
+    return tensor.transpose(1, 0) if tensor.ndim == 2 and name.endswith("/kernel") else tensor
+
+
+def _modern(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Old spellings -> today's."""
+    if part == "text_encoder":
+        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(_TEXT_BAGGAGE)}
+        return {name if name.startswith("text_model.") else f"text_model.{name}": t for name, t in kept.items()}
+    if part == "vae":
+        return dict(_modern_vae_attention(name, tensor) for name, tensor in tensors.items())
+    return dict(tensors)
+
+
+def _modern_vae_attention(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    module, _, rest = name.partition(".attentions.0.")
+    if not rest or rest.startswith("group_norm"):
+        return name, tensor
+    layer, _, leaf = rest.rpartition(".")
+    if tensor.ndim > 2 and set(tensor.shape[2:]) == {1}:
+        tensor = tensor.reshape(*tensor.shape[:2])
+    return f"{module}.attentions.0.{_OLD_VAE_ATTENTION.get(layer, layer)}.{leaf}", tensor

@@ -1,0 +1,204 @@
+"""The training loop, for every method. Chapters: model, data, state, resume, train, finish.
+
+A workdir holds config.json, log.txt, metrics.jsonl, tensorboard/, checkpoints/, samples/ and, where prompts are read,
+tokenizer/. The same command on the same workdir goes on where the last checkpoint was written.
+"""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from sd_jax import config as configs
+from sd_jax import sharding, trees
+from sd_jax.checkpoints.native import Checkpoints
+from sd_jax.data import latents, loader, sources
+from sd_jax.diffusion import noise
+from sd_jax.training import samples, start
+from sd_jax.training.methods import Context, method_of
+from sd_jax.training.metrics import Journal
+from sd_jax.training.optimizers import learning_rate, make_optimizer
+from sd_jax.training.state import TrainState, create
+from sd_jax.training.step import MappedStep, train_step
+
+EVAL_STEP = 2**31 - 1  # the "step" that keys the fixed draws of the held-out loss; no run gets there
+MOST_SKIPPED = 20  # steps in a row without a finite loss, after which a run ends
+
+
+def train(config: ConfigDict, workdir: pathlib.Path | None, dry_run: bool = False) -> None:
+    """Trains `config.method` into `workdir`, or resumes it. With `dry_run` prints what it would train, and ends.
+
+    Raises ValueError, FileNotFoundError, CheckpointError or DataError, each naming the key or file and the mend, and
+    FloatingPointError after MOST_SKIPPED steps whose loss is not finite.
+    """
+    method = method_of(config)
+    mesh = sharding.make_mesh(config.mesh.to_dict())
+    optimizer = make_optimizer(config)
+    _check_batch(config, mesh)
+
+    # --- Model -------------------------------------------------------------------------------------------------------
+    source = sources.open_source(config)
+    train_source, held_out = sources.split_held_out(source, config.data.held_out, config.seed)
+    model = start.build_model(config, method, workdir, train_source, dry_run)
+    empty_ids = None if model.tokenizer is None else model.tokenize([""])[0]
+    context = Context(model.networks, config, empty_ids)
+    loss = functools.partial(method.loss, context)
+
+    # --- State -------------------------------------------------------------------------------------------------------
+    def initial_state(loaded):
+        params = {part: loaded.get(part) or model.init(part) for part in model.parts}
+        trainable = method.trainable(config)
+        return create({p: params[p] for p in trainable}, {p: params[p] for p in method.frozen(config)}, optimizer)
+
+    abstract = jax.eval_shape(initial_state, model.loaded)
+    step_fn = functools.partial(
+        train_step,
+        loss=loss,
+        optimizer=optimizer,
+        ema_decay=config.ema_decay,
+        seed=config.seed,
+        grad_accumulation=config.grad_accumulation,
+    )
+    step = MappedStep(step_fn, mesh, config.parallelism, abstract)
+    if dry_run:
+        _print_plan(config, abstract, mesh)
+        return
+
+    # --- Resume ------------------------------------------------------------------------------------------------------
+    configs.dump(config, workdir / "config.json")
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, best="held_out_loss")
+    first_step, data_state = checkpoints.latest_step() or 0, None
+    if first_step:
+        state, data_state = _restore(checkpoints, abstract, step)
+    else:
+        loaded = jax.tree.map(jnp.asarray, model.loaded)
+        state = sharding.jit(initial_state, out_shardings=None if step.pmap else step.shardings)(loaded)
+    state = step.place_state(state)
+    model.loaded.clear()  # the host's copy
+    journal = Journal(workdir, first_step, config.total_steps, config.batch_size)
+    journal.log(f"{'resumed at' if first_step else 'starting from'} step {first_step} of {config.total_steps}")
+
+    # --- Data --------------------------------------------------------------------------------------------------------
+    if config.data.cache_latents:
+        encode = functools.partial(_encode_moments, model.networks, step.whole_state(state).raw_model["vae"])
+        caching = functools.partial(latents.cache_moments, encode=encode, folder=workdir / "latents", config=config)
+        train_source, held_out = caching(train_source, name="train"), caching(held_out, name="held_out")
+    batches = loader.make_loader(train_source, model.tokenize, config, start_state=data_state)
+    slots = _slots(config.batch_size)
+    stream = loader.prefetch(batches, lambda batch: step.place_batch(_arrays(batch, slots)))
+    evaluate = _make_evaluator(loss, config, model, held_out)
+    rate = learning_rate(config)
+
+    # --- Train -------------------------------------------------------------------------------------------------------
+    def write_row(at: int, metrics: dict[str, Any], extra: dict[str, float]) -> float:
+        """Waits for a step's metrics and records them. Returns whether it was skipped."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        row = journal.step(at, {**values, "learning_rate": float(rate(at - 1)), **extra})
+        if at % max(config.log_steps, 1) == 0:
+            journal.log(", ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        return values["skipped"]
+
+    def save(at: int, extra: dict[str, float]) -> None:
+        whole = step.whole_state(state)
+        tree = {"step": whole.step, "params": whole.raw_model, "ema": whole.ema, "opt_state": whole.opt_state}
+        checkpoints.save(at, tree, data_state, model.meta(at), extra)
+
+    due = lambda every, at: every and (at % every == 0 or at == config.total_steps)  # noqa: E731
+    pending, skipped_in_a_row, extra = None, 0.0, {}
+    for at in range(first_step + 1, config.total_steps + 1):
+        batch, data_state = next(stream)
+        state, metrics = step(state, batch)
+        if pending is not None:  # the row of the step before: the device is busy with this one meanwhile
+            skipped_in_a_row = (skipped_in_a_row + 1) * write_row(*pending)
+            if skipped_in_a_row >= MOST_SKIPPED:
+                raise FloatingPointError(f"no finite loss in the {MOST_SKIPPED} steps before step {at}: see metrics.jsonl")
+        extra = {}
+        if due(config.eval_steps, at):
+            extra["held_out_loss"] = evaluate(step.whole_state(state).ema_model)
+            journal.log(f"step {at}: held-out loss {extra['held_out_loss']:.6g}")
+        pending = (at, metrics, extra)
+        if due(config.checkpoint_steps, at) or at == config.total_steps:
+            write_row(*pending)
+            pending = None
+            if at == config.total_steps:
+                model.finish(step.whole_state(state), train_source)
+            save(at, extra)
+        if due(config.sample_steps, at):
+            samples.write(workdir / "samples" / f"{at:07d}.png", config, model, step.whole_state(state), held_out, journal)
+        if extra or due(config.sample_steps, at):
+            journal.pause()
+
+    # --- Finish ------------------------------------------------------------------------------------------------------
+    if first_step >= config.total_steps:
+        journal.log("nothing left to train: raise config.total_steps to go on")
+    checkpoints.close()
+    journal.log(f"done: {workdir}")
+    journal.close()
+
+
+def _check_batch(config: ConfigDict, mesh) -> None:
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.grad_accumulation
+    if config.batch_size % parts:
+        raise ValueError(
+            f"config.batch_size={config.batch_size} does not divide into {parts} parts (devices x grad_accumulation)"
+        )
+
+
+def _slots(batch_size: int) -> np.ndarray:
+    """Places in the global batch of this process' images."""
+    share = batch_size // jax.process_count()
+    return np.arange(share, dtype=np.int32) + share * jax.process_index()
+
+
+def _arrays(batch: dict, slots: np.ndarray) -> dict[str, np.ndarray]:
+    """What the loss reads of a loader's batch."""
+    kept = {name: batch[name] for name in ("pixels", "moments", "input_ids") if name in batch}
+    return {**kept, "slot": slots[: len(batch["index"])]}
+
+
+def _encode_moments(networks, params, pixels: np.ndarray) -> np.ndarray:
+    return np.asarray(_moments(params, networks, pixels))
+
+
+@functools.partial(sharding.jit, static_argnums=1)
+def _moments(params, networks, pixels):
+    from sd_jax.models.vae import to_image
+
+    posterior = networks.vae.apply({"params": params}, to_image(pixels), method="encode")
+    return jnp.concatenate([posterior.mean, posterior.logvar], axis=-1)
+
+
+def _make_evaluator(loss, config: ConfigDict, model, held_out):
+    """-> function of a model's params: the loss on the same held-out images with the same draws every time."""
+    fixed = loader.fixed_batches(held_out, model.tokenize, config, config.eval_batches) if config.eval_steps else []
+    batches = [_arrays(batch, np.arange(len(batch["index"]), dtype=np.int32)) for batch in fixed]
+
+    @sharding.jit
+    def one(params, batch, number):
+        key = jax.random.fold_in(jax.random.key(config.seed), number)
+        return loss(params, batch, noise.example_keys(key, EVAL_STEP, batch["slot"]))[0]
+
+    return lambda params: float(np.mean([one(params, batch, i) for i, batch in enumerate(batches)]))
+
+
+def _restore(checkpoints: Checkpoints, abstract: TrainState, step: MappedStep) -> tuple[TrainState, Any]:
+    like = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), abstract, step.shardings)
+    tree = {"step": like.step, "params": like.raw_model, "ema": like.ema, "opt_state": like.opt_state}
+    tree, data_state = checkpoints.restore(like=tree)
+    params = {part: tree["params"][part] for part in abstract.params}
+    frozen = {part: tree["params"][part] for part in abstract.frozen}
+    return TrainState(tree["step"], params, frozen, tree["ema"], tree["opt_state"]), data_state
+
+
+def _print_plan(config: ConfigDict, abstract: TrainState, mesh) -> None:
+    print(configs.to_json(config))
+    for part, tree in abstract.raw_model.items():
+        moves = "trained" if part in abstract.params else "frozen"
+        print(f"{part}: {trees.count(tree):,} parameters, {moves}")
+    print(f"mesh: {dict(mesh.shape)}, parallelism: {config.parallelism}")
+    print(f"state: {trees.num_bytes(abstract):,} bytes (parameters, average and optimiser), over all devices")
+    print(f"dry run: {config.method} for {config.total_steps} steps of {config.batch_size} images; nothing was trained")

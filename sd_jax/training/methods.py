@@ -1,0 +1,115 @@
+"""What can be trained: a table of methods, each a loss and the parts of the model that it moves.
+
+A loss reads the whole model and a batch and answers with its mean over the batch. Batches hold
+
+    pixels     uint8 [batch, height, width, 3], or in their place
+    moments    float32 [batch, h, w, 2 c], the encoder's mean and log-variance, where latents are cached
+    input_ids  int32 [batch, tokens], for methods that read captions
+    slot       int32 [batch], each image's place in the global batch
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+from ml_collections import ConfigDict
+
+from sd_jax.diffusion import losses, noise
+from sd_jax.models.networks import Networks
+from sd_jax.models.vae import Posterior, to_image
+from sd_jax.types import Params
+
+# The numbers of an example's draws: each use of randomness has its own
+TIMESTEP, NOISE, POSTERIOR, DROPOUT = range(4)
+
+Keys = Key[Array, " batch"]
+
+
+class Context(NamedTuple):
+    """What a loss is told besides the model and the batch."""
+
+    networks: Networks
+    config: ConfigDict
+    empty_ids: np.ndarray | None  # token ids of the empty prompt, [tokens]
+
+
+class Method(NamedTuple):
+    trainable: Callable[[ConfigDict], tuple[str, ...]]  # parts that move
+    frozen: Callable[[ConfigDict], tuple[str, ...]]  # parts that the loss reads besides
+    loss: Callable[[Context, Params, dict[str, Array], Keys], tuple[Float[Array, ""], dict[str, Array]]]
+
+
+# --- full: the U-Net, and the text encoder with it or frozen ---------------------------------------------------------
+
+
+def _full_loss(context: Context, params: Params, batch: dict[str, Array], keys: Keys):
+    networks, cfg = context.networks, context.config.diffusion
+    latents = _latents(networks, params, batch, keys)
+    timesteps = losses.draw_timesteps(
+        keys,
+        TIMESTEP,
+        networks.spec.noise_schedule.num_train_timesteps,
+        strata=(batch["slot"], context.config.batch_size),
+    )
+    drop = noise.uniform(keys, DROPOUT) < cfg.caption_dropout
+    ids = jnp.where(drop[:, None], jnp.asarray(context.empty_ids)[None], batch["input_ids"])
+    conditioning = networks.text_encoder.apply({"params": params["text_encoder"]}, ids)
+
+    def predict(model_input, timesteps, conditioning):
+        return networks.unet.apply({"params": params["unet"]}, model_input, timesteps, conditioning.context)
+
+    errors, weights = losses.denoising_losses(
+        predict,
+        latents,
+        noise.normal(keys, NOISE, latents.shape[1:]),
+        timesteps,
+        conditioning,
+        networks.spec.noise_schedule,
+        cfg.min_snr_gamma or None,
+    )
+    return jnp.mean(errors * weights), {}
+
+
+def _latents(networks: Networks, params: Params, batch: dict[str, Array], keys: Keys) -> Array:
+    """Scaled latents, a sample of the posterior; no gradient reaches the encoder."""
+    if "moments" in batch:
+        posterior = Posterior.from_moments(batch["moments"])
+    else:
+        posterior = networks.vae.apply({"params": params["vae"]}, to_image(batch["pixels"]), method="encode")
+    z = posterior.sample(noise.normal(keys, POSTERIOR, posterior.mean.shape[1:]))
+    return jax.lax.stop_gradient(z) * networks.spec.vae.scaling_factor
+
+
+# --- autoencoder: reconstruction and KL --------------------------------------------------------------------------------
+
+
+def _autoencoder_loss(context: Context, params: Params, batch: dict[str, Array], keys: Keys):
+    """l1 |d| + l2 d^2, averaged over the image's numbers, + kl KL(q || N(0, 1)), summed over the latents (in nats)."""
+    cfg, vae = context.config.autoencoder, context.networks.vae
+    image = to_image(batch["pixels"])
+    posterior = vae.apply({"params": params["vae"]}, image, method="encode")
+    z = posterior.sample(noise.normal(keys, POSTERIOR, posterior.mean.shape[1:]))
+    difference = vae.apply({"params": params["vae"]}, z, method="decode").astype(jnp.float32) - image
+    l1, l2, kl = jnp.mean(jnp.abs(difference)), jnp.mean(jnp.square(difference)), jnp.mean(posterior.kl())
+    loss = cfg.l1_weight * l1 + cfg.l2_weight * l2 + cfg.kl_weight * kl
+    return loss, {"l1": l1, "l2": l2, "kl": kl}
+
+
+METHODS = {
+    "full": Method(
+        trainable=lambda config: ("unet", "text_encoder") if config.diffusion.train_text_encoder else ("unet",),
+        frozen=lambda config: ("vae",) if config.diffusion.train_text_encoder else ("vae", "text_encoder"),
+        loss=_full_loss,
+    ),
+    "autoencoder": Method(trainable=lambda config: ("vae",), frozen=lambda config: (), loss=_autoencoder_loss),
+}
+
+
+def method_of(config: ConfigDict) -> Method:
+    """The row of `config.method`. Raises ValueError with the names that there are."""
+    if config.method not in METHODS:
+        raise ValueError(f"config.method={config.method!r} is unknown: use {', '.join(METHODS)}")
+    return METHODS[config.method]
