@@ -54,7 +54,7 @@ def training_defaults(method: str) -> ConfigDict:
     config.checkpoint_steps = 500
     config.keep_checkpoints = 2  # the newest; the one of lowest held-out loss is kept beside them
     config.eval_steps = 250
-    config.eval_batches = 4
+    config.eval_batches = 4  # of held-out images, always the same
     config.sample_steps = 500
 
     # What is trained: `init` is any path that sd_jax.load takes; parts that it lacks are made from `model`

@@ -24,6 +24,7 @@ def k_diffusion() -> types.SimpleNamespace:
         pytest.skip("k-diffusion is not installed")
     if "k_diffusion" not in sys.modules:
         package = types.ModuleType("k_diffusion")
+        package.__spec__ = spec
         package.__path__ = [str(Path(spec.origin).parent)]
         sys.modules["k_diffusion"] = package
     names = {

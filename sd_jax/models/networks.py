@@ -1,5 +1,6 @@
 """The three networks of a text-to-image model as one value, hashable, so that it can be a static argument of `jit`."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -26,6 +27,10 @@ class Networks(NamedTuple):
         return Networks(
             spec, UNet(spec.unet, **kwargs), VAE(spec.vae, **kwargs), CLIPText(spec.text_encoder, **kwargs)
         )
+
+    def with_scaling_factor(self, factor: float) -> "Networks":
+        vae = dataclasses.replace(self.spec.vae, scaling_factor=factor)
+        return self._replace(spec=dataclasses.replace(self.spec, vae=vae), vae=self.vae.clone(config=vae))
 
     def init(self, part: str, key: jax.Array) -> Params:
         """Fresh parameters of one part, float32."""

@@ -106,3 +106,56 @@ TINY = ModelSpec(
         pad_token_id=999,
     ),
 )
+
+
+def _shapes(resolution: int, vae_channels: tuple[int, ...], latent_channels: int, unet: UNetConfig) -> ModelSpec:
+    """A model of shapes world: 24 tokens of a small vocabulary, latents of 8x8, cosine schedule, v-prediction."""
+    return ModelSpec(
+        unet=dataclasses.replace(unet, in_channels=latent_channels, out_channels=latent_channels),
+        vae=VAEConfig(
+            sample_size=resolution,
+            block_out_channels=vae_channels,
+            latent_channels=latent_channels,
+            layers_per_block=1,
+            norm_num_groups=8,
+        ),
+        text_encoder=CLIPTextConfig(
+            vocab_size=768,  # at most; the tokenizer that is trained decides
+            hidden_size=unet.cross_attention_dim,
+            intermediate_size=4 * unet.cross_attention_dim,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=24,
+        ),
+        noise_schedule=NoiseScheduleConfig(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"),
+    )
+
+
+SHAPES_32 = _shapes(
+    32,
+    vae_channels=(16, 32, 64),
+    latent_channels=4,
+    unet=UNetConfig(
+        sample_size=8,
+        block_out_channels=(64, 128),
+        attention_blocks=(True, True),
+        layers_per_block=1,
+        num_attention_heads=4,
+        cross_attention_dim=128,
+        norm_num_groups=16,
+    ),
+)
+TINY_SHAPES = _shapes(
+    32,
+    vae_channels=(8, 8, 16),
+    latent_channels=4,
+    unet=UNetConfig(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        attention_blocks=(True, False),
+        layers_per_block=1,
+        num_attention_heads=2,
+        cross_attention_dim=32,
+        norm_num_groups=8,
+    ),
+)

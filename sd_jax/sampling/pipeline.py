@@ -111,7 +111,9 @@ class Pipeline:
 
     def _part(self, name: str) -> Params:
         if name not in self.params:
-            raise ValueError(f"this checkpoint has no {name}: load a whole one" + (" or give vae=" if name == "vae" else ""))
+            raise ValueError(
+                f"this checkpoint has no {name}: load a whole one" + (" or give vae=" if name == "vae" else "")
+            )
         return self.params[name]
 
 
@@ -143,5 +145,3 @@ def _encode_image(params, networks, image):
 def _decode_latents(params, networks, latents):
     z = latents / networks.spec.vae.scaling_factor
     return networks.vae.apply({"params": params}, z, method="decode").astype(jnp.float32)
-
-

@@ -5,7 +5,9 @@ tokenizer/. The same command on the same workdir goes on where the last checkpoi
 """
 
 import functools
+import json
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -14,10 +16,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sd_jax import config as configs
-from sd_jax import sharding, trees
+from sd_jax import media, sharding, trees
 from sd_jax.checkpoints.native import Checkpoints
 from sd_jax.data import latents, loader, sources
 from sd_jax.diffusion import noise
+from sd_jax.models.vae import to_image
 from sd_jax.training import samples, start
 from sd_jax.training.methods import Context, method_of
 from sd_jax.training.metrics import Journal
@@ -29,12 +32,18 @@ EVAL_STEP = 2**31 - 1  # the "step" that keys the fixed draws of the held-out lo
 MOST_SKIPPED = 20  # steps in a row without a finite loss, after which a run ends
 
 
-def train(config: ConfigDict, workdir: pathlib.Path | None, dry_run: bool = False) -> None:
+def train(
+    config: ConfigDict,
+    workdir: pathlib.Path | None,  # not needed for a dry run
+    dry_run: bool = False,
+    started: float | None = None,  # time.time() at which the run began, for its summary; None = now
+) -> None:
     """Trains `config.method` into `workdir`, or resumes it. With `dry_run` prints what it would train, and ends.
 
     Raises ValueError, FileNotFoundError, CheckpointError or DataError, each naming the key or file and the mend, and
     FloatingPointError after MOST_SKIPPED steps whose loss is not finite.
     """
+    started = started or time.time()
     method = method_of(config)
     mesh = sharding.make_mesh(config.mesh.to_dict())
     optimizer = make_optimizer(config)
@@ -43,7 +52,8 @@ def train(config: ConfigDict, workdir: pathlib.Path | None, dry_run: bool = Fals
     # --- Model -------------------------------------------------------------------------------------------------------
     source = sources.open_source(config)
     train_source, held_out = sources.split_held_out(source, config.data.held_out, config.seed)
-    model = start.build_model(config, method, workdir, train_source, dry_run)
+    captions = functools.partial(sources.captions, train_source)
+    model = start.build_model(config, method, workdir, captions, dry_run)
     empty_ids = None if model.tokenizer is None else model.tokenize([""])[0]
     context = Context(model.networks, config, empty_ids)
     loss = functools.partial(method.loss, context)
@@ -90,7 +100,8 @@ def train(config: ConfigDict, workdir: pathlib.Path | None, dry_run: bool = Fals
     batches = loader.make_loader(train_source, model.tokenize, config, start_state=data_state)
     slots = _slots(config.batch_size)
     stream = loader.prefetch(batches, lambda batch: step.place_batch(_arrays(batch, slots)))
-    evaluate = _make_evaluator(loss, config, model, held_out)
+    fixed = [_arrays(batch, slots) for batch in loader.fixed_batches(held_out, model.tokenize, config)]
+    evaluate = _make_evaluator(loss, config.seed, fixed)
     rate = learning_rate(config)
 
     # --- Train -------------------------------------------------------------------------------------------------------
@@ -115,7 +126,9 @@ def train(config: ConfigDict, workdir: pathlib.Path | None, dry_run: bool = Fals
         if pending is not None:  # the row of the step before: the device is busy with this one meanwhile
             skipped_in_a_row = (skipped_in_a_row + 1) * write_row(*pending)
             if skipped_in_a_row >= MOST_SKIPPED:
-                raise FloatingPointError(f"no finite loss in the {MOST_SKIPPED} steps before step {at}: see metrics.jsonl")
+                raise FloatingPointError(
+                    f"no finite loss in the {MOST_SKIPPED} steps before step {at}: see metrics.jsonl"
+                )
         extra = {}
         if due(config.eval_steps, at):
             extra["held_out_loss"] = evaluate(step.whole_state(state).ema_model)
@@ -124,11 +137,13 @@ def train(config: ConfigDict, workdir: pathlib.Path | None, dry_run: bool = Fals
         if due(config.checkpoint_steps, at) or at == config.total_steps:
             write_row(*pending)
             pending = None
-            if at == config.total_steps:
-                model.finish(step.whole_state(state), train_source)
+            if at == config.total_steps and method.finish is not None:
+                model.networks = method.finish(model.networks, step.whole_state(state).ema_model, fixed)
             save(at, extra)
         if due(config.sample_steps, at):
-            samples.write(workdir / "samples" / f"{at:07d}.png", config, model, step.whole_state(state), held_out, journal)
+            sheet = samples.draw(config, model, step.whole_state(state).ema_model, fixed[0])
+            media.write_png(workdir / "samples" / f"{at:07d}.png", sheet, {})
+            journal.picture(at, "samples", sheet)
         if extra or due(config.sample_steps, at):
             journal.pause()
 
@@ -136,7 +151,8 @@ def train(config: ConfigDict, workdir: pathlib.Path | None, dry_run: bool = Fals
     if first_step >= config.total_steps:
         journal.log("nothing left to train: raise config.total_steps to go on")
     checkpoints.close()
-    journal.log(f"done: {workdir}")
+    seconds = _add_seconds(workdir / "summary.json", time.time() - started, config.total_steps)
+    journal.log(f"done in {seconds:.0f} seconds: {workdir}")
     journal.close()
 
 
@@ -166,32 +182,37 @@ def _encode_moments(networks, params, pixels: np.ndarray) -> np.ndarray:
 
 @functools.partial(sharding.jit, static_argnums=1)
 def _moments(params, networks, pixels):
-    from sd_jax.models.vae import to_image
-
     posterior = networks.vae.apply({"params": params}, to_image(pixels), method="encode")
     return jnp.concatenate([posterior.mean, posterior.logvar], axis=-1)
 
 
-def _make_evaluator(loss, config: ConfigDict, model, held_out):
+def _make_evaluator(loss, seed: int, batches: list[dict]):
     """-> function of a model's params: the loss on the same held-out images with the same draws every time."""
-    fixed = loader.fixed_batches(held_out, model.tokenize, config, config.eval_batches) if config.eval_steps else []
-    batches = [_arrays(batch, np.arange(len(batch["index"]), dtype=np.int32)) for batch in fixed]
 
     @sharding.jit
     def one(params, batch, number):
-        key = jax.random.fold_in(jax.random.key(config.seed), number)
+        key = jax.random.fold_in(jax.random.key(seed), number)
         return loss(params, batch, noise.example_keys(key, EVAL_STEP, batch["slot"]))[0]
 
     return lambda params: float(np.mean([one(params, batch, i) for i, batch in enumerate(batches)]))
 
 
 def _restore(checkpoints: Checkpoints, abstract: TrainState, step: MappedStep) -> tuple[TrainState, Any]:
-    like = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), abstract, step.shardings)
+    like = jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), abstract, step.shardings
+    )
     tree = {"step": like.step, "params": like.raw_model, "ema": like.ema, "opt_state": like.opt_state}
     tree, data_state = checkpoints.restore(like=tree)
     params = {part: tree["params"][part] for part in abstract.params}
     frozen = {part: tree["params"][part] for part in abstract.frozen}
     return TrainState(tree["step"], params, frozen, tree["ema"], tree["opt_state"]), data_state
+
+
+def _add_seconds(path: pathlib.Path, seconds: float, step: int) -> float:
+    """Keeps what the run took, over all the times that it was resumed after a checkpoint. Returns the sum."""
+    before = json.loads(path.read_text())["seconds"] if path.exists() else 0.0
+    path.write_text(json.dumps({"step": step, "seconds": round(before + seconds, 1)}) + "\n")
+    return before + seconds
 
 
 def _print_plan(config: ConfigDict, abstract: TrainState, mesh) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
+from sd_jax import sharding
 from sd_jax.diffusion import losses, noise
 from sd_jax.models.networks import Networks
 from sd_jax.models.vae import Posterior, to_image
@@ -40,6 +41,8 @@ class Method(NamedTuple):
     trainable: Callable[[ConfigDict], tuple[str, ...]]  # parts that move
     frozen: Callable[[ConfigDict], tuple[str, ...]]  # parts that the loss reads besides
     loss: Callable[[Context, Params, dict[str, Array], Keys], tuple[Float[Array, ""], dict[str, Array]]]
+    # After the last step: (networks, whole model, held-out batches) -> networks, with what could only be measured now
+    finish: Callable[[Networks, Params, list[dict[str, Array]]], Networks] | None = None
 
 
 # --- full: the U-Net, and the text encoder with it or frozen ---------------------------------------------------------
@@ -98,13 +101,25 @@ def _autoencoder_loss(context: Context, params: Params, batch: dict[str, Array],
     return loss, {"l1": l1, "l2": l2, "kl": kl}
 
 
+def _measure_scaling_factor(networks: Networks, params: Params, batches: list[dict[str, Array]]) -> Networks:
+    """The factor that gives latents unit variance, as Rombach et al. (2022, section D.1) found SD's 0.18215."""
+    encode = sharding.jit(lambda p, x: networks.vae.apply({"params": p}, to_image(x), method="encode").mean)
+    z = np.concatenate([np.asarray(encode(params["vae"], batch["pixels"])) for batch in batches])
+    return networks.with_scaling_factor(float(1.0 / z.std(dtype=np.float64)))
+
+
 METHODS = {
     "full": Method(
         trainable=lambda config: ("unet", "text_encoder") if config.diffusion.train_text_encoder else ("unet",),
         frozen=lambda config: ("vae",) if config.diffusion.train_text_encoder else ("vae", "text_encoder"),
         loss=_full_loss,
     ),
-    "autoencoder": Method(trainable=lambda config: ("vae",), frozen=lambda config: (), loss=_autoencoder_loss),
+    "autoencoder": Method(
+        trainable=lambda config: ("vae",),
+        frozen=lambda config: (),
+        loss=_autoencoder_loss,
+        finish=_measure_scaling_factor,
+    ),
 }
 
 

@@ -25,7 +25,9 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
         "linear": lambda: optax.linear_schedule(peak, 0.0, total - warmup),
     }[cfg.schedule]()
     # The first step has rate peak / warmup, not 0: no step is spent on nothing
-    return optax.join_schedules([optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1)), after], [warmup])
+    return optax.join_schedules(
+        [optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1)), after], [warmup]
+    )
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:

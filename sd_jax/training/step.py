@@ -83,7 +83,9 @@ class MappedStep:
         if parallelism not in ("jit", "pmap"):
             raise ValueError(f"config.parallelism={parallelism!r} is unknown: use jit or pmap")
         if self.pmap and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
-            raise ValueError("config.parallelism='pmap' is plain data parallelism: set config.mesh.fsdp and .tensor to 1")
+            raise ValueError(
+                "config.parallelism='pmap' is plain data parallelism: set config.mesh.fsdp and .tensor to 1"
+            )
         self.shardings = sharding.state_shardings(abstract_state, mesh)
         if self.pmap:
             across = lambda tree: jax.lax.pmean(tree, "batch")  # noqa: E731

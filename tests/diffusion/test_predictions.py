@@ -15,8 +15,8 @@ SHAPE = (4, 3, 2, 4)
 
 
 def _batch():
-    x0, n = jax.random.normal(jax.random.key(0), (2, *SHAPE), jnp.float32)
-    return x0, n, x0 + SIGMA[:, None, None, None] * n
+    x0, n = np.random.default_rng(0).standard_normal((2, *SHAPE)).astype(np.float32)
+    return tuple(jnp.asarray(a) for a in (x0, n, x0 + np.asarray(SIGMA)[:, None, None, None] * n))
 
 
 def test_the_table_has_the_types_of_the_dictionary():

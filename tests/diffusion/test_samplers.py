@@ -7,7 +7,7 @@ import pytest
 
 from sd_jax.diffusion.denoiser import make_denoiser
 from sd_jax.diffusion.guidance import classifier_free
-from sd_jax.diffusion.noise import image_keys, starting_noise
+from sd_jax.diffusion.noise import image_keys
 from sd_jax.diffusion.samplers import SAMPLERS, sample
 from sd_jax.diffusion.schedules import make_ladder
 from sd_jax.types import Conditioning, NoiseScheduleConfig
@@ -15,6 +15,7 @@ from sd_jax.types import Conditioning, NoiseScheduleConfig
 SD = NoiseScheduleConfig()
 MEAN, DEVIATION = 0.7, 0.5
 SHAPE = (4, 4, 2)
+LATENTS = np.random.default_rng(0).standard_normal((4, *SHAPE)).astype(np.float32)
 
 
 def gaussian(x, sigma):
@@ -46,7 +47,7 @@ def test_order_of_convergence(sampler, order):
 
 @pytest.mark.parametrize("sampler", ["euler", "ddim", "heun", "dpmpp_2m"])
 def test_solution_at_sigma_zero(sampler):
-    x = starting_noise(image_keys(0, 2), SHAPE) * 10
+    x = jnp.asarray(LATENTS * 10)
     end = sample(gaussian, x, np.append(np.geomspace(10, 0.01, 200), 0).astype(np.float32), sampler)
     np.testing.assert_allclose(end, solution(np.asarray(x), 10, 0), atol=0.02)
 
@@ -59,8 +60,8 @@ def test_ancestral_variance():
         down = following**2 / sigma
         contraction = 1 + (down / sigma - 1) * sigma**2 / (DEVIATION**2 + sigma**2)
         variance = contraction**2 * variance + following**2 - down**2
-    keys = image_keys(0, 4)
-    x = MEAN + starting_noise(keys, (64, 64, 2)) * np.float32(np.hypot(DEVIATION, sigmas[0]))
+    latents = np.random.default_rng(0).standard_normal((4, 64, 64, 2)).astype(np.float32)
+    x, keys = jnp.asarray(MEAN + latents * np.float32(np.hypot(DEVIATION, sigmas[0]))), image_keys(0, 4)
     end = jax.jit(lambda x, sigmas: sample(gaussian, x, sigmas, "euler_ancestral", rng=keys))(x, sigmas)
     measured = float(jnp.var(end))
     print(f"euler_ancestral: variance {measured:.4f}, of the chain {variance:.4f}, of the data {DEVIATION**2}")
@@ -75,7 +76,7 @@ def network(x, timestep, conditioning):
 
 
 def _conditioning(batch, value=0.3):
-    return Conditioning(jnp.arange(batch, dtype=jnp.float32)[:, None, None] * jnp.full((batch, 3, 2), value))
+    return Conditioning(jnp.asarray(np.arange(batch)[:, None, None] * np.full((batch, 3, 2), value), jnp.float32))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -84,16 +85,15 @@ def test_batch_equals_singles(sampler):
     ladder = make_ladder("karras", 6, SD, sampler)
 
     @jax.jit
-    def pictures(keys, cond, uncond, scale):
-        x = starting_noise(keys, SHAPE) * ladder.start
-        return sample(classifier_free(denoise, cond, uncond, scale), x, ladder.sigmas, sampler, rng=keys)
+    def pictures(latents, keys, cond, uncond, scale):
+        guided = classifier_free(denoise, cond, uncond, scale)
+        return sample(guided, latents * ladder.start, ladder.sigmas, sampler, rng=keys)
 
-    cond, uncond = _conditioning(4), _conditioning(4, -0.2)
-    scale = jnp.linspace(1.0, 7.0, 4)
-    batch = pictures(image_keys(5, 4), cond, uncond, scale)
+    inputs = LATENTS, image_keys(5, 4), _conditioning(4), _conditioning(4, -0.2), jnp.linspace(1.0, 7.0, 4)
+    batch = pictures(*inputs)
     for i in range(4):
-        one = jax.tree.map(lambda a, i=i: a[i : i + 1], (cond, uncond, scale))
-        np.testing.assert_allclose(pictures(image_keys(5 + i, 1), *one)[0], batch[i], rtol=2e-5, atol=2e-5)
+        alone = pictures(*jax.tree.map(lambda a, i=i: a[i : i + 1], inputs))
+        np.testing.assert_allclose(alone[0], batch[i], rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -105,8 +105,7 @@ def test_nothing_but_shapes_compiles(sampler):
         traces.append(1)
         predict = lambda x, t, c: network(x, t, c) + shift  # noqa: E731
         guided = classifier_free(make_denoiser(predict, SD), cond, uncond, scale)
-        x = starting_noise(keys, SHAPE) * ladder.start
-        return sample(guided, x, ladder.sigmas, sampler, rng=keys) * ladder.end
+        return sample(guided, LATENTS[:2] * ladder.start, ladder.sigmas, sampler, rng=keys) * ladder.end
 
     for schedule, seed, prompt, scale, shift in [("normal", 0, 0.3, 7.5, 0.0), ("karras", 9, 0.1, 2.0, 0.5)]:
         ladder = make_ladder(schedule, 5, SD, sampler)

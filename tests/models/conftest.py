@@ -34,6 +34,19 @@ def relative_error():
 
 
 @pytest.fixture(scope="session")
+def assert_trees_close(relative_error):
+    """Every array within `tolerance` of the other's norm, or of the largest norm where its own is rounding noise."""
+
+    def check(ours, reference, tolerance=1e-5):
+        ours, reference = jax.tree.leaves(ours), jax.tree.leaves(reference)
+        floor = 1e-4 * max(np.linalg.norm(leaf) for leaf in reference)
+        for a, b in zip(ours, reference, strict=True):
+            assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= tolerance * max(np.linalg.norm(b), floor)
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def from_torch():
     """`from_torch(module)` -> our parameter tree with the weights of a diffusers or transformers module."""
 

@@ -29,15 +29,11 @@ def test_group_norm_survives_an_offset_far_above_the_spread(initialise):
     np.testing.assert_allclose(GroupNorm(4).apply({"params": params}, x), exact, atol=2e-3)
 
 
-def test_group_norm_gradient_is_that_of_flax(initialise):
+def test_group_norm_gradient_is_that_of_flax(initialise, assert_trees_close):
     x, weights = picture(2, 4, 4, 8), picture(2, 4, 4, 8, seed=1)
     params = initialise(GroupNorm(4), x)
     gradient = lambda m: jax.grad(lambda p, y: (m.apply({"params": p}, y) * weights).sum(), (0, 1))(params, x)  # noqa: E731
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
-        gradient(GroupNorm(4)),
-        gradient(nn.GroupNorm(4, epsilon=1e-5)),
-    )
+    assert_trees_close(gradient(GroupNorm(4)), gradient(nn.GroupNorm(4, epsilon=1e-5)))
 
 
 def test_group_norm_takes_its_statistics_in_float32(initialise):

@@ -39,18 +39,14 @@ def test_posterior_is_float32_whatever_the_computation_is(params):
     assert apply_decode(VAE(CONFIG, dtype=jnp.bfloat16), params, full.mean).dtype == jnp.bfloat16
 
 
-def test_remat_changes_neither_output_nor_gradient(params):
+def test_remat_changes_neither_output_nor_gradient(params, assert_trees_close):
     image = normal(1, 16, 16, 3)
 
     def value_and_gradient(remat):
         loss = lambda p: jnp.square(VAE(CONFIG, remat=remat).apply({"params": p}, image)).mean()  # noqa: E731
         return jax.jit(jax.value_and_grad(loss))(params)
 
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(a).max() + 1e-12),
-        value_and_gradient(False),
-        value_and_gradient(True),
-    )
+    assert_trees_close(value_and_gradient(True), value_and_gradient(False))
 
 
 def test_kl_is_zero_at_the_prior_and_that_of_the_closed_form_elsewhere():

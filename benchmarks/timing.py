@@ -1,0 +1,280 @@
+"""Programs side by side: each in its own process, taking turns (A B A B ...), ratios taken pair by pair.
+
+Why processes: in one process the thread pools of torch and XLA spin against each other and their memory adds up.
+Why turns: the speed of a shared machine drifts by a tenth within minutes; the ratio of two neighbours hardly does.
+
+A benchmark is a module with `DEFAULTS` (its flags), `describe(options)`, `build_sd_jax(options)` and
+`build_torch(options)`; both build a `Program`. `main(module)` is its command line.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+SIDES = ("sd_jax", "torch", "torch.compile")
+
+
+@dataclasses.dataclass
+class Program:
+    """What is timed."""
+
+    run: Callable[[], None]  # once, until its result is there
+    flops: float = 0.0  # of one run, two for each multiply-add; 0 = not counted
+    samples: int = 0  # of one run; printed per second where it is not 0
+
+
+# The command line
+
+
+def main(module_name: str, arguments: list[str] | None = None) -> dict:
+    """Runs every side of a benchmark in turns, prints the comparison and returns it."""
+    module = importlib.import_module(module_name)
+    options = _parse(module, arguments)
+    if options.side:
+        _work(module, options)
+        return {}
+    sides = options.sides.split(",")
+    workers = []
+    try:
+        for side in sides:  # one after the other: building and compiling must not disturb a neighbour
+            workers.append(_Worker(module_name, side, options))
+        rounds = [[worker.time_once() for worker in workers] for _ in range(options.rounds)]
+        seconds = {side: [times[i] for times in rounds] for i, side in enumerate(sides)}
+        facts = {side: worker.facts() for side, worker in zip(sides, workers, strict=True)}
+    finally:
+        for worker in workers:
+            worker.stop()
+    result = {"benchmark": module_name.rsplit(".")[-1], "what": module.describe(options), "seconds": seconds, "facts": facts}
+    _report(result)
+    return result
+
+
+def _parse(module, arguments):
+    parser = argparse.ArgumentParser(description=module.__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="how often each side runs")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--sides", default="sd_jax,torch", help=f"some of {','.join(SIDES)}; ratios are to the others")
+    parser.add_argument("--side", default="", help=argparse.SUPPRESS)  # set in a worker
+    for name, value in module.DEFAULTS.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    return parser.parse_args(arguments)
+
+
+def _report(result: dict) -> None:
+    seconds, facts = result["seconds"], result["facts"]
+    ours, *others = seconds
+    peak = max(fact["peak_gflops"] for fact in facts.values())
+    flops = max(fact["flops"] for fact in facts.values())  # counted once: both sides are the same network
+    versions = ", ".join(dict.fromkeys(fact["version"] for fact in facts.values()))
+    print(f"\n{result['benchmark']}: {result['what']}\n  {facts[ours]['device']}; {versions}")
+    for side, times in seconds.items():
+        middle, fact = statistics.median(times), facts[side]
+        line = f"  {side:14}{middle:9.4g} s (least {min(times):.4g}, most {max(times):.4g})"
+        if flops:
+            rate = flops / middle / 1e9
+            line += f"  {rate:.4g} GFLOP/s, {rate / peak:.0%} of the matrix-product peak of {peak:.4g}"
+        if fact["samples"]:
+            line += f"  {fact['samples'] / middle:.4g} samples/s"
+        print(line + f"  memory {fact['memory_gb']:.2f} GB, ready in {fact['ready_seconds']:.0f} s")
+    for side in others:
+        pairs = sorted(a / b for a, b in zip(seconds[ours], seconds[side], strict=True))
+        print(f"  {ours} / {side}: {statistics.median(pairs):.2f}  (least {pairs[0]:.2f}, most {pairs[-1]:.2f})", flush=True)
+
+
+# The worker: a process that holds one side and runs it when told
+
+
+class _Worker:
+    def __init__(self, module_name: str, side: str, options):
+        flags = [f"--{name}={value}" for name, value in vars(options).items() if name != "side"]
+        environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false", DIFFUSERS_VERBOSITY="error")
+        environment.setdefault("JAX_PLATFORMS", "cpu" if options.device == "cpu" else "cuda,cpu")
+        self.name = f"{module_name} ({side})"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module_name, f"--side={side}", *flags],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self.ready = self._receive()
+
+    def _receive(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with status {self.process.wait()}: its message is above")
+        return json.loads(line)
+
+    def _ask(self, what: str):
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        return self._receive()
+
+    def time_once(self) -> float:
+        return self._ask("run")
+
+    def facts(self) -> dict:
+        return self.ready | self._ask("facts")
+
+    def stop(self) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def _work(module, options) -> None:
+    # Answers go to the real standard output; whatever a library prints goes to standard error.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(value):
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
+
+    start = time.perf_counter()
+    program = (module.build_sd_jax if options.side == "sd_jax" else module.build_torch)(options)
+    program.run()
+    answer({"ready_seconds": time.perf_counter() - start, "flops": program.flops, "samples": program.samples})
+    for line in sys.stdin:
+        if line.strip() == "run":
+            start = time.perf_counter()
+            program.run()
+            answer(time.perf_counter() - start)
+        else:
+            memory = peak_memory(options)  # before the matrix products add to it
+            peak, device, version = (_peak_jax if options.side == "sd_jax" else _peak_torch)(options)
+            answer({"memory_gb": memory / 1e9, "peak_gflops": peak, "device": device, "version": version})
+
+
+def peak_memory(options) -> int:
+    """Bytes: of the device on GPU, of the whole process on CPU."""
+    if options.device == "gpu" and options.side == "sd_jax":
+        import jax
+
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    if options.device == "gpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# The matrix-product peak, GFLOP/s: the yardstick that neither side chose
+
+
+def _best_rate(multiply, size: int) -> float:
+    multiply()
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        multiply()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times) / 1e9
+
+
+def _peak_jax(options):
+    import jax
+    import jax.numpy as jnp
+
+    size = 2048 if options.device == "cpu" else 8192
+    x = jnp.ones((size, size), options.dtype)
+    product = jax.jit(jnp.matmul)
+    name = _processor() if options.device == "cpu" else jax.devices()[0].device_kind
+    return _best_rate(lambda: product(x, x).block_until_ready(), size), name, f"jax {jax.__version__}"
+
+
+def _peak_torch(options):
+    import diffusers
+    import torch
+
+    size = 2048 if options.device == "cpu" else 8192
+    x = torch.ones((size, size), dtype=getattr(torch, options.dtype), device=torch_device(options))
+    name = _processor() if options.device == "cpu" else torch.cuda.get_device_name()
+
+    def multiply():
+        torch.matmul(x, x)
+        synchronize(options)
+
+    return _best_rate(multiply, size), name, f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+# What the builders share
+
+
+def torch_device(options) -> str:
+    return "cpu" if options.device == "cpu" else "cuda"
+
+
+def synchronize(options) -> None:
+    if options.device == "gpu":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def place_torch(model, options, part: str = "__call__"):
+    """A torch model's function in evaluation mode, on its device, in its dtype; compiled for the side `torch.compile`."""
+    import torch
+
+    model = model.eval().requires_grad_(False).to(torch_device(options), getattr(torch, options.dtype))
+    function = getattr(model, part)
+    return torch.compile(function) if options.side == "torch.compile" else function
+
+
+def random_params(init: Callable, dtype: str):
+    """Random parameters of the shapes that `init()` would give. numpy draws them: jax.random compiles slowly here."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32), dtype)  # noqa: E731
+    return jax.tree.map(draw, jax.eval_shape(init)["params"])
+
+
+def count_flops(function: Callable, *inputs) -> float:
+    """Multiplications and additions of the matrix products and convolutions that `function` traces to."""
+    import jax
+
+    return _flops_of(jax.make_jaxpr(function)(*inputs).jaxpr)
+
+
+def _flops_of(jaxpr) -> float:
+    import math
+
+    import jax
+
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            depth = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+            total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
+        elif name == "conv_general_dilated":
+            kernel, out_axis = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
+            total += 2 * math.prod(kernel) / kernel[out_axis] * math.prod(equation.outvars[0].aval.shape)
+        for inner in jax.core.jaxprs_in_params(params):
+            total += params.get("length", 1) * _flops_of(inner)  # `length`: how often a scan runs its body
+    return total
