@@ -40,6 +40,8 @@ def parse_arg(arg: str | None, **defaults) -> ConfigDict:
 def training_defaults(method: str) -> ConfigDict:
     """Every key that the training loop reads, with its default; a config file changes what it cares about.
 
+    The result is locked: a key that is not here, misspelt perhaps, raises AttributeError.
+
     `config.diffusion` exists for methods that train on noised latents, `config.autoencoder` for the autoencoder.
     """
     config = ConfigDict()
@@ -102,7 +104,7 @@ def training_defaults(method: str) -> ConfigDict:
         config.samples.schedule = "karras"
         config.samples.steps = 20
         config.samples.guidance_scale = 5.0
-    return config
+    return config.lock()
 
 
 def freeze(config: ConfigDict) -> ml_collections.FrozenConfigDict:

@@ -3,20 +3,24 @@
 One or two things (8 shapes x 8 colours x 3 sizes x 9 places) on one of 12 backgrounds, at any resolution, anti-aliased.
 Example i of a data set is decided by (seed, split, i) and by nothing else.
 
-The shapes are those that a person names at a glance when they are 11 pixels across and soft: they differ in what survives blur,
-namely corners against roundness, a hole (ring), a bay (moon), a cleft (heart), and the number of arms (three, four,
-five). Diamonds, hexagons and ellipses were left out, they turn into squares and circles. The colours differ in hue (at least
-25 degrees apart in the plane orthogonal to grey) and the backgrounds have none, so no object ever melts into its background.
+The shapes are those that a person names at a glance when they are 11 pixels across and soft: they differ in what
+survives blur, namely corners against roundness, a hole (ring), a bay (moon), a cleft (heart), and the number of arms
+(three, four, five). Diamonds, hexagons and ellipses were left out, they turn into squares and circles. The colours
+differ in hue (at least 25 degrees apart in the plane orthogonal to grey) and the backgrounds have none, so no object
+ever melts into its background.
 
-`HELD_OUT` names eight (colour, shape) pairs, each colour and each shape once, that the splits "train" and "seen" never draw
-and the split "held_out" always draws: what a model makes of them shows whether it composes or remembers.
+`HELD_OUT` names eight (colour, shape) pairs, each colour and each shape once, that the splits "train" and "seen" never
+draw and the split "held_out" always draws: what a model makes of them shows whether it composes or remembers.
 """
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import numpy as np
+from jaxtyping import UInt8
 
 from sd_jax.data.shapes_drawing import BACKGROUNDS, DISTANCES, background_levels, coverage
 
@@ -104,8 +108,8 @@ def _background_pixels(background: str, resolution: int) -> np.ndarray:
     return np.repeat(levels[:, :, None], 3, axis=2)
 
 
-def render(scene: Scene, resolution: int) -> np.ndarray:
-    """Draws a scene: pixels, uint8 [resolution, resolution, 3]."""
+def render(scene: Scene, resolution: int) -> UInt8[np.ndarray, "resolution resolution 3"]:
+    """Draws a scene: pixels."""
     pixels = _background_pixels(scene.background, resolution).copy()
     for thing in scene.things:
         alpha, rows, columns = coverage(thing.shape, thing.x, thing.y, scene.radius(thing), resolution)
@@ -145,7 +149,7 @@ def full_caption(scene: Scene) -> str:
 
 
 def draw_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A true caption of a scene, of varied form, in which colour and shape (almost) always and the rest often appear."""
+    """A true caption of a scene, of varied form: colour and shape appear almost always, the rest often."""
     chance = rng.random(8)
     sized, placed, grounded = chance[0] < 0.7, chance[1] < 0.75, chance[2] < 0.65
     nouns = [_noun(thing.size if sized else "", thing.colour, thing.shape) for thing in scene.things]
@@ -200,9 +204,7 @@ def _scene_of_two(
 ) -> Scene:
     things = []
     for side, (colour, shape), size in zip((1, -1), pairs, sizes, strict=True):
-        x, y = (
-            _around(0.5 + side * SPREAD * step, JITTER if step else SWAY, rng) for step in RELATIONS[relation]
-        )
+        x, y = (_around(0.5 + side * SPREAD * step, JITTER if step else SWAY, rng) for step in RELATIONS[relation])
         things.append(Thing(shape, colour, size, x, y))
     return Scene(tuple(things), background, relation)
 
@@ -250,16 +252,17 @@ class ShapesWorld:
         stream = index * len(SPLITS) + list(SPLITS).index(self.split)
         return np.random.Generator(np.random.Philox(key=np.array([self.seed, stream], np.uint64)))
 
-    def _index(self, index: int) -> int:
+    def _index(self, index: SupportsIndex) -> int:
+        index = operator.index(index)
         if not 0 <= index < self.num_examples:
             raise IndexError(f"example {index} of {self.num_examples}")
-        return int(index)
+        return index
 
-    def scene(self, index: int) -> Scene:
+    def scene(self, index: SupportsIndex) -> Scene:
         """The true attributes of example `index`."""
         return draw_scene(self._rng(self._index(index)), self.split, self.two_objects)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: SupportsIndex) -> dict:
         index = self._index(index)
         rng = self._rng(index)
         scene = draw_scene(rng, self.split, self.two_objects)
@@ -285,10 +288,10 @@ def evaluation_scenes(split: str, count: int, seed: int = 0, two_objects: float 
         strict=True,
     )
     scenes = [_scene_of_one(*words, rng) for words in ones]
-    steps = balanced(range(1, len(pairs)), num_two)
+    firsts, steps = (balanced(range(start, len(pairs)), num_two) for start in (0, 1))
     twos = zip(
-        [(pairs[i], pairs[(i + step) % len(pairs)]) for i, step in zip(balanced(range(len(pairs)), num_two), steps)],
-        [tuple(sizes) for sizes in zip(*(balanced(tuple(RADII_OF_TWO), num_two) for _ in range(2)))],
+        [(pairs[i], pairs[(i + step) % len(pairs)]) for i, step in zip(firsts, steps, strict=True)],
+        [tuple(sizes) for sizes in zip(*(balanced(tuple(RADII_OF_TWO), num_two) for _ in range(2)), strict=True)],
         balanced(tuple(RELATIONS), num_two),
         balanced(BACKGROUNDS, num_two),
         strict=True,

@@ -5,8 +5,9 @@ pixel whose centre lies at distance d is covered by
 
     alpha = clip(1/2 - d * radius_in_pixels / softness, 0, 1)                                        (1)
 
-which is the exact box coverage of a straight edge along an axis for softness 1. The bounding box of each shape is centred on (0, 0),
-and the extents are chosen so that all shapes of one radius look equally large (a square of the circle's width would look larger).
+which is the exact box coverage of a straight edge along an axis for softness 1. The bounding box of each shape is
+centred on (0, 0), and the extents are chosen so that all shapes of one radius look equally large (a square of the
+circle's width would look larger).
 
 Lengths and places are fractions of the picture's side, so any resolution shows the same scene.
 """
@@ -37,7 +38,7 @@ def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Five points, one upwards. The plane is folded into one sector of 36 degrees, in which the outline is one edge."""
     outer, inner, fifth = 1.15, 0.5, 2.0 * math.pi / 5.0
-    v = v + 0.11  # the box of a star is lower than its circle
+    v = v - 0.11  # a star's box reaches less far below the centre of its circle than above
     angle = np.arctan2(u, -v)
     angle = np.abs(angle - fifth * np.round(angle / fifth))
     rho = np.sqrt(u * u + v * v)
@@ -97,7 +98,7 @@ def coverage(
     resolution: int,  # pixels of the side
     softness: float = 1.0,  # pixels over which an edge fades (Eq. 1)
 ) -> tuple[np.ndarray, slice, slice]:
-    """The share of each pixel that a shape covers: (alpha float32 [h, w], rows, columns), the box that holds all of it."""
+    """The share of each pixel that a shape covers, in the box that holds it: (alpha float32 [h, w], rows, columns)."""
     reach = radius * REACH * resolution + softness
     columns = slice(max(0, math.floor(x * resolution - reach)), min(resolution, math.ceil(x * resolution + reach)))
     rows = slice(max(0, math.floor(y * resolution - reach)), min(resolution, math.ceil(y * resolution + reach)))
@@ -112,7 +113,11 @@ def coverage(
 # -- Backgrounds: achromatic, so that no object colour is ever near one ----------------------------------------------
 
 KINDS = ("plain", "gradient", "striped", "dotted")
-TONES = {"white": (236.0, 18.0), "grey": (150.0, 22.0), "black": (38.0, 22.0)}  # mean level, and the pattern's amplitude
+TONES = {
+    "white": (236.0, 18.0),
+    "grey": (150.0, 22.0),
+    "black": (38.0, 22.0),
+}  # mean level, and the pattern's amplitude
 BACKGROUNDS = tuple(f"{kind} {tone}" for kind in KINDS for tone in TONES)
 
 

@@ -4,7 +4,8 @@ The network answers to scaled latents and a timestep; samplers speak of x = x0 +
 
     denoise(x, sigma) = c_skip x + c_out F(c_in x, t(sigma), conditioning)                                  (1)
 
-with the coefficients of `predictions.py` and the fractional timestep t(sigma) of `schedules.py`, not rounded.
+with the coefficients of `predictions.py` and the fractional timestep t(sigma) of `schedules.py`, not rounded. A network
+that predicts flow counts the same timesteps of the same discrete schedule; only what it sees and answers is another.
 """
 
 from collections.abc import Callable

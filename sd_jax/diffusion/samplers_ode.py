@@ -27,7 +27,7 @@ def _move(x, denoised, sigma, sigma_next):
 
 
 def euler(denoise, x, state, sigma, sigma_next, noise):
-    """Karras et al. 2022 (arXiv 2206.00364), Algorithm 2 without its corrector. Order 1, 1 call, deterministic."""
+    """Karras et al. 2022 (arXiv 2206.00364), Algorithm 1 without corrector. Order 1, 1 call a step, deterministic."""
     denoised = denoise(x, sigma)
     return _move(x, denoised, sigma, sigma_next), denoised, state
 

@@ -2,9 +2,10 @@
 
 The judge is told nothing of the prompt. For each picture:
 
-1. Chroma. Backgrounds have no colour, so in the plane orthogonal to grey a pixel covered by alpha of colour c is alpha * chroma(c),
-   whatever lies behind. Its hue names the colour and its length over |chroma(c)| is a first estimate of alpha.
-2. Things are the connected components of alpha > 1/2; a component of two colours is cut between them, specks are dropped.
+1. Chroma. Backgrounds have no colour, so in the plane orthogonal to grey a pixel covered by alpha of colour c is
+   alpha * chroma(c), whatever lies behind. Its hue names the colour; its length over |chroma(c)| is a first alpha.
+2. Things are the connected components of alpha > 1/2; a component of two colours is cut between them, and specks are
+   dropped.
 3. The background is the nearest of all backgrounds, in squared distance, over the pixels away from the things.
 4. Matting. With B the background and C the thing's colour, alpha = <p - B, C - B> / |C - B|^2 near the thing.       (1)
 5. Shape, size and centre are those of the template with the greatest normalised correlation with alpha, over
@@ -20,6 +21,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from sd_jax.data.shapes import COLOURS, INVERSE_RELATIONS, RADII, RADII_OF_TWO, SHAPES, Scene, Thing
@@ -43,7 +45,7 @@ _CHROMA_LENGTH = np.linalg.norm(_CHROMA, axis=1)
 
 @dataclasses.dataclass(frozen=True)
 class _Templates:
-    """Every (shape, size, scale, blur, shift) drawn with its centre of mass near the middle of a window, of norm one."""
+    """Every (shape, size, scale, blur, shift), of norm one, its centre of mass near the middle of a window."""
 
     window: int  # pixels of the side, odd
     arrays: np.ndarray  # float32 [templates, window * window]
@@ -106,7 +108,9 @@ def _square_pictures(pixels: np.ndarray) -> np.ndarray:
         raise ValueError(f"need uint8 pixels [pictures, side, side, 3], not {pixels.dtype} {list(pixels.shape)}")
     if pixels.shape[1] > MAX_RESOLUTION:
         size = (MAX_RESOLUTION, MAX_RESOLUTION)
-        pixels = np.stack([np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX)) for picture in pixels])
+        pixels = np.stack(
+            [np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX)) for picture in pixels]
+        )
     return pixels.astype(np.float32)
 
 
@@ -132,10 +136,10 @@ def _find_things(alpha: np.ndarray, hue: np.ndarray) -> list[list[np.ndarray]]:
         if len(colours) <= 1:
             found[picture].append(mask)
             continue
-        for colour in colours:  # thin fringes of mixed hue are counted above, so only compact parts are kept
+        for colour in colours:  # of each its largest part: fringes of mixed hue lie scattered along the edges
             parts, number = ndimage.label(mask & (hue[picture] == colour))
             sizes = ndimage.sum_labels(mask, parts, range(1, number + 1))
-            if number and sizes.max() >= second / 2:
+            if sizes.max() >= smallest:
                 found[picture].append(parts == 1 + int(np.argmax(sizes)))
     return [sorted(masks, key=np.sum, reverse=True) for masks in found]
 
@@ -183,6 +187,7 @@ def _cut_out(
     alpha = ((picture - behind) * span).sum(-1) / (span * span).sum(-1)  # (Eq. 1)
     near = _grown(mask, 2) & ~_grown(others, 1)
     alpha = np.where(near, np.clip(alpha / np.clip(np.percentile(alpha[mask], 80), 0.5, 1.2), 0.0, 1.0), 0.0)
+    alpha = np.maximum(alpha, 1e-3 * mask)  # so that the mass is never nothing, whatever the picture
     middle, mass = np.arange(picture.shape[0]) + 0.5, alpha.sum()
     column, row = int((alpha.sum(0) * middle).sum() / mass), int((alpha.sum(1) * middle).sum() / mass)
     padded = np.pad(alpha, window // 2)
@@ -251,11 +256,11 @@ def _read_chunk(pictures: np.ndarray) -> list[Scene]:
     return scenes
 
 
-def read_scenes(pixels: np.ndarray) -> list[Scene]:
-    """What each picture shows. pixels: uint8 [pictures, side, side, 3].
+def read_scenes(pixels: UInt8[np.ndarray, "pictures side side 3"]) -> list[Scene]:
+    """What each picture shows.
 
-    The things of a reading are sorted by area, largest first; there may be none or more than two. `relation` is that of the first
-    to the second where there are two.
+    The things of a reading are sorted by area, largest first; there may be none or more than two. `relation` is that
+    of the first to the second where there are two.
     """
     return [
         scene
@@ -264,8 +269,8 @@ def read_scenes(pixels: np.ndarray) -> list[Scene]:
     ]
 
 
-def read_scene(pixels: np.ndarray) -> Scene:
-    """What one picture shows. pixels: uint8 [side, side, 3]."""
+def read_scene(pixels: UInt8[np.ndarray, "side side 3"]) -> Scene:
+    """What one picture shows."""
     return read_scenes(np.asarray(pixels)[None])[0]
 
 
@@ -285,11 +290,11 @@ def _relation_is_right(reading: Scene, scene: Scene) -> bool:
 def score(readings: Sequence[Scene], scenes: Sequence[Scene]) -> dict[str, float | None]:
     """The share of readings that are right, for each attribute; None where no scene has it.
 
-    colour, shape, size, position: over scenes of one thing, of the largest thing read; a picture without things is wrong.
+    colour, shape, size, position: over scenes of one thing, of the largest thing read; a picture of nothing is wrong.
     background: over all scenes, kind and tone both.
     count: over all scenes, the number of things.
-    relation: over scenes of two things. Right only if exactly two things are read, with the colours and shapes of the scene, each in
-        its place: the thing that should be above is above, whichever of the two was read first.
+    relation: over scenes of two things. Right only if exactly two things are read, with the colours and shapes of the
+        scene, each in its place: the thing that should be above is above, whichever of the two was read first.
     """
     if len(readings) != len(scenes):
         raise ValueError(f"{len(readings)} readings for {len(scenes)} scenes")
@@ -306,9 +311,9 @@ def score(readings: Sequence[Scene], scenes: Sequence[Scene]) -> dict[str, float
     return {name: float(np.mean(values)) if values else None for name, values in right.items()}
 
 
-def accuracy(pixels: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float | None]:
+def accuracy(pixels: UInt8[np.ndarray, "pictures side side 3"], scenes: Sequence[Scene]) -> dict[str, float | None]:
     """How well pictures show the scenes they were made for: `score` of what is read from them.
 
-    pixels: uint8 [pictures, side, side, 3], in the order of `scenes`. Returns fractions in [0, 1], or None, by attribute.
+    The pixels come in the order of `scenes`. Returns fractions in [0, 1], or None, by attribute.
     """
     return score(read_scenes(pixels), scenes)

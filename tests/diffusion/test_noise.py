@@ -25,10 +25,11 @@ def test_every_bit_of_a_seed_counts():
     np.testing.assert_array_equal(jax.random.key_data(last), jax.random.key_data(image_keys(-1, 1)[0]))
 
 
-@pytest.mark.parametrize("jitted", [False, True])
-def test_image_i_of_a_batch_is_image_0_of_seed_plus_i(jitted):
-    draw = lambda keys: (starting_noise(keys, SHAPE), step_noise(keys, 3, SHAPE), uniform(keys, 2))  # noqa: E731
-    draw = jax.jit(draw) if jitted else draw
+def test_image_i_of_a_batch_is_image_0_of_seed_plus_i():
+    @jax.jit
+    def draw(keys):
+        return starting_noise(keys, SHAPE), step_noise(keys, 3, SHAPE), uniform(keys, 2)
+
     batch = draw(image_keys(10, 4))
     for i in range(4):
         alone = draw(image_keys(10 + i, 1))
