@@ -84,7 +84,7 @@ def unet_from_json(data: Mapping[str, Any], where: str) -> UNetConfig:
     if len(values["block_out_channels"]) != len(attention_blocks):
         raise CheckpointError(f"{where}: block_out_channels and down_block_types are of different lengths")
     return UNetConfig(
-        sample_size=_one(values, "sample_size", where) or 64,
+        sample_size=_one(values, "sample_size", where),
         in_channels=values["in_channels"],
         out_channels=values["out_channels"],
         block_out_channels=tuple(values["block_out_channels"]),
@@ -147,10 +147,11 @@ def vae_from_json(data: Mapping[str, Any], where: str) -> VAEConfig:
     for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         if len(_blocks(values, key, {kind: True}, where)) != levels:
             raise CheckpointError(f"{where}: block_out_channels and {key} are of different lengths")
-    plain = ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups", "scaling_factor")
+    plain = ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups")
     return VAEConfig(
         sample_size=_one(values, "sample_size", where),
         block_out_channels=tuple(values["block_out_channels"]),
+        scaling_factor=float(values["scaling_factor"]),
         **{key: values[key] for key in plain},
     )
 
