@@ -80,6 +80,7 @@ def training_defaults(method: str) -> ConfigDict:
     config.data.two_objects = 0.0  # share of shapes world's pictures with two objects
 
     config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # or "muon"
     config.optimizer.learning_rate = 1e-4
     config.optimizer.schedule = "constant"  # after the warm-up: "constant", "cosine" or "linear" to zero
     config.optimizer.warmup_steps = 100

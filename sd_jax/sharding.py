@@ -86,14 +86,21 @@ def compiler_options() -> dict[str, str]:
     return options
 
 
-def jit(function: Callable | None = None, **kwargs):
-    """`jax.jit` with `compiler_options()`, decided at the first call (nothing touches a device at import)."""
+def jit(function: Callable | None = None, *, once: bool = False, **kwargs):
+    """`jax.jit` with `compiler_options()`, decided at the first call (nothing touches a device at import).
+
+    once: the function runs a single time, so on CPU it is compiled quickly rather than well (initialising a U-Net, which
+    is hundreds of small draws, then takes half as long).
+    """
     if function is None:
-        return functools.partial(jit, **kwargs)
+        return functools.partial(jit, once=once, **kwargs)
 
     @functools.cache
     def jitted():
-        return jax.jit(function, compiler_options=compiler_options(), **kwargs)
+        options = compiler_options()
+        if once and options:
+            options = {**options, "xla_backend_optimization_level": 0}
+        return jax.jit(function, compiler_options=options, **kwargs)
 
     @functools.wraps(function)
     def call(*args, **keywords):

@@ -12,9 +12,9 @@ from pathlib import Path
 def aside(target: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
     """Yields a path beside `target` at which the block writes a file or a folder; afterwards it is renamed to `target`.
 
-    Nothing that was there is lost: an existing target (but for an empty folder) raises FileExistsError before anything is
-    written, and with `overwrite` it goes only once the new one is complete. A failure leaves no trace; a failed write
-    (a full disk) raises OSError naming the target.
+    Nothing that was there is lost: an existing target (but for an empty folder) raises FileExistsError before anything
+    is written, and with `overwrite` it goes only once the new one is complete. A failure leaves no trace; a failed
+    write (a full disk) raises OSError naming the target.
     """
     target = Path(os.path.abspath(target))
     if _occupied(target) and not overwrite:

@@ -1,7 +1,7 @@
 """The config.json files of diffusers and transformers <-> our dataclasses, both ways.
 
-Strict: a key that would change the network, at a value that our networks do not have, raises CheckpointError naming file
-and key. Where a file is silent, the default is that of the library whose file it is, not ours.
+Strict: a key that would change the network, at a value that our networks do not have, raises CheckpointError naming
+file and key. Where a file is silent, the default is that of the library whose file it is, not ours.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 
 from sd_jax.checkpoints.errors import CheckpointError
 from sd_jax.models.presets import CLIPTextConfig, UNetConfig, VAEConfig
-from sd_jax.types import NoiseScheduleConfig
+from sd_jax.types import PREDICTION_TYPES, NoiseScheduleConfig
 
 DIFFUSERS_VERSION = "0.42.1"  # whose form of the files is written
 TRANSFORMERS_VERSION = "5.23.0"
@@ -229,11 +229,10 @@ def text_encoder_to_json(config: CLIPTextConfig, bos_token_id: int, dtype: str) 
 # Noise schedule
 
 _SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-_PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 
 
 def noise_schedule_from_json(data: Mapping[str, Any], where: str) -> NoiseScheduleConfig:
-    """scheduler_config.json: only what belongs to the model; which sampler it names is the caller's choice, not ours."""
+    """scheduler_config.json: what belongs to the model, not which sampler it names."""
     if str(data.get("_class_name", "")).startswith("FlowMatch"):
         raise CheckpointError(f"{where}: {data['_class_name']} is not a schedule of SD 1.x")
     for key in ("trained_betas", "rescale_betas_zero_snr"):
@@ -242,8 +241,10 @@ def noise_schedule_from_json(data: Mapping[str, Any], where: str) -> NoiseSchedu
     schedule, prediction = data.get("beta_schedule", "linear"), data.get("prediction_type", "epsilon")
     if schedule not in _SCHEDULES:
         raise CheckpointError(f"{where}: beta_schedule={schedule!r} is not supported: only {', '.join(_SCHEDULES)}")
-    if prediction not in _PREDICTIONS:
-        raise CheckpointError(f"{where}: prediction_type={prediction!r} is not supported: only {', '.join(_PREDICTIONS)}")
+    if prediction not in PREDICTION_TYPES:
+        raise CheckpointError(
+            f"{where}: prediction_type={prediction!r} is not supported: only {', '.join(PREDICTION_TYPES)}"
+        )
     return NoiseScheduleConfig(
         beta_schedule=schedule,
         beta_start=float(data.get("beta_start", 0.0001)),
@@ -277,7 +278,7 @@ def noise_schedule_to_json(config: NoiseScheduleConfig) -> dict[str, Any]:
 
 
 def _values(data: Mapping, class_name: str, read: Mapping, fixed: Mapping, where: str) -> dict[str, Any]:
-    """The keys of `read`, by default as it says. Refuses other values than those in `fixed`, and unknown keys in use."""
+    """The keys of `read`, with its defaults. Refuses values that are not in `fixed`, and unknown keys in use."""
     said = data.get("_class_name", class_name)
     if said != class_name:
         raise CheckpointError(f"{where}: _class_name={said!r} is not supported: only {class_name} is")

@@ -22,8 +22,8 @@ def detect(path: str | os.PathLike) -> str:
     if path.is_file():
         if path.suffix.lower() in _PICKLES:
             raise CheckpointError(
-                f"{path}: {path.suffix} files are Python pickles, which are not read yet: save it as .safetensors first, "
-                "e.g. by `safetensors.torch.save_file(torch.load(path, weights_only=True)['state_dict'], out)`"
+                f"{path}: {path.suffix} files are Python pickles, which are not read yet: save it as .safetensors "
+                "first, e.g. by `safetensors.torch.save_file(torch.load(path, weights_only=True)['state_dict'], out)`"
             )
         return "single_file"
     if not path.is_dir():
@@ -114,8 +114,10 @@ FAMILIES: dict[str, tuple[str, Callable[[Tensors], bool]]] = {
     "sd1": ("Stable Diffusion 1", lambda tensors: _CONTEXT in tensors or _starts(f"{_UNET}input_blocks.")(tensors)),
     "vae": (
         "a VAE alone, not a whole model (it can be given as vae=)",
-        lambda t: ("encoder.conv_in.weight" in t and "decoder.conv_in.weight" in t)
-        or ("first_stage_model.decoder.conv_in.weight" in t),
+        lambda t: (
+            ("encoder.conv_in.weight" in t and "decoder.conv_in.weight" in t)
+            or ("first_stage_model.decoder.conv_in.weight" in t)
+        ),
     ),
     "text_encoder": ("a CLIP text encoder alone, not a whole model", _holds("embeddings.token_embedding.weight")),
     "diffusers_part": (

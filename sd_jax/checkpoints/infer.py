@@ -1,8 +1,8 @@
 """The config of a single file, from the shapes of its tensors (CompVis names, as `keys_compvis.split` leaves them).
 
-Shapes say the widths, the depth, where the U-Net attends, and the vocabulary. What they do not say follows the family:
-8 heads in SD 1's U-Net, 12 in CLIP-L, 32 groups per norm, whatever the width; 64x64 latents; a scaling factor of 0.18215.
-A file that we wrote carries its config in its header instead.
+Shapes say the widths, the depth, where the U-Net attends, and the vocabulary. What they do not say follows the
+family: 8 heads in SD 1's U-Net, 12 in CLIP-L, 32 groups per norm, whatever the width; 64x64 latents; a scaling factor
+of 0.18215. A file that we wrote carries its config in its header instead.
 """
 
 import dataclasses
@@ -122,9 +122,7 @@ def _unet(shapes: _Shapes) -> UNetConfig:
 def _count_blocks(shapes: _Shapes) -> int:
     """Input blocks: each begins with a convolution, a resnet or a downsampling."""
     n = 0
-    while any(
-        f"input_blocks.{n}.0.{leaf}" in shapes for leaf in ("weight", "in_layers.0.weight", "op.weight")
-    ):
+    while any(f"input_blocks.{n}.0.{leaf}" in shapes for leaf in ("weight", "in_layers.0.weight", "op.weight")):
         n += 1
     return n
 

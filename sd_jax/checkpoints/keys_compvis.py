@@ -1,6 +1,6 @@
-"""Single files in the CompVis layout (SD 1.x, as A1111 and ComfyUI read and write them) <-> diffusers' names, both ways.
+"""Single files in the CompVis layout (SD 1.x, as A1111 and ComfyUI have them) <-> diffusers' names, both ways.
 
-    model.diffusion_model.*                       U-Net: input_blocks, middle_block, output_blocks counted straight through
+    model.diffusion_model.*                       U-Net: input, middle and output blocks, counted straight through
     first_stage_model.*                           VAE; its attention's linears are 1x1 convolutions
     cond_stage_model.transformer.text_model.*     CLIP, as transformers calls it
     model_ema.*                                   averaged U-Net: the same names with the dots left out
@@ -109,7 +109,9 @@ def _averaged(unet: dict[str, Tensor], ema: dict[str, Tensor], where: str) -> di
     left_over = set(ema) - set(flat.values()) - {"model_ema.decay", "model_ema.num_updates"}
     problems = missing + [f"{name} is unexpected" for name in sorted(left_over)]
     if problems:
-        raise CheckpointError(f"{where}: its EMA is not that of its U-Net (weights='raw' goes without): {listing(problems)}")
+        raise CheckpointError(
+            f"{where}: its EMA is not that of its U-Net (weights='raw' goes without): {listing(problems)}"
+        )
     return {name: ema[flat[name]] for name in unet}
 
 

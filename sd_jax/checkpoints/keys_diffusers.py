@@ -1,12 +1,12 @@
 """diffusers' and transformers' names and layouts <-> our parameter names, by rule, both ways.
 
-    down_blocks.0.attentions.0.proj_in.weight (out, in, h, w)  <->  down_blocks_0/attentions_0/proj_in/kernel (h, w, in, out)
-    ...to_out.0.weight (out, in)                               <->  ...to_out_0/kernel (in, out)
-    ...norm1.weight                                            <->  ...norm1/scale
-    ...token_embedding.weight                                  <->  ...token_embedding/embedding
+    down_blocks.0.resnets.0.conv1.weight (out, in, h, w)  <->  down_blocks_0/resnets_0/conv1/kernel (h, w, in, out)
+    ...to_out.0.weight (out, in)                          <->  ...to_out_0/kernel (in, out)
+    ...norm1.weight                                       <->  ...norm1/scale
+    ...token_embedding.weight                             <->  ...token_embedding/embedding
 
-Read besides, never written: the VAE attention's names before diffusers 0.17, its weights as 1x1 convolutions, text encoders
-without the `text_model.` level (as transformers 5 writes them), and buffers that are no parameters.
+Read besides, never written: the VAE attention's names before diffusers 0.17, its weights as 1x1 convolutions, text
+encoders without the `text_model.` level (as transformers 5 writes them), and buffers that are no parameters.
 """
 
 from collections.abc import Mapping

@@ -110,7 +110,9 @@ def text_encoder(config: CLIPTextConfig) -> Shapes:
 LAYOUTS: dict[str, Callable[..., Shapes]] = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
 
 
-def check(part: str, tensors: Mapping[str, Tensor], config: UNetConfig | VAEConfig | CLIPTextConfig, where: str) -> None:
+def check(
+    part: str, tensors: Mapping[str, Tensor], config: UNetConfig | VAEConfig | CLIPTextConfig, where: str
+) -> None:
     """Raises CheckpointError listing what is missing, unexpected or of another shape."""
     wanted = LAYOUTS[part](config)
     problems = [f"{name} is missing" for name in wanted if name not in tensors]

@@ -13,7 +13,7 @@ from flax import traverse_util
 from sd_jax.checkpoints import config_json, detect, infer, keys_compvis, keys_diffusers, layout, native, tokenizer_files
 from sd_jax.checkpoints.errors import CheckpointError
 from sd_jax.checkpoints.read_safetensors import Contents, open_file, open_sharded
-from sd_jax.checkpoints.tensors import Tensor, dtype_of
+from sd_jax.checkpoints.tensors import Tensor, dtype_of, lazy
 from sd_jax.models.presets import ModelSpec, VAEConfig
 from sd_jax.types import Params
 
@@ -25,7 +25,7 @@ class Checkpoint:
     """An opened checkpoint. The spec of a part that `params` lacks means nothing."""
 
     spec: ModelSpec
-    params: Params  # {"unet": ..., "vae": ..., "text_encoder": ...} of NumPy arrays (or Tensors, from `open_checkpoint`)
+    params: Params  # {"unet", "vae", "text_encoder"} of NumPy arrays (or Tensors, from `open_checkpoint`)
     tokenizer: str | None  # a folder, or what was given as tokenizer=; None = it carries none
     kind: str  # "native" | "diffusers" | "single_file"
     weights: str  # "ema" or "raw": what the U-Net is
@@ -35,7 +35,7 @@ class Checkpoint:
 def load_checkpoint(
     path: str | os.PathLike,
     weights: str = "ema",  # "ema": averaged weights where there are any; "raw": those of the last step
-    tokenizer: str | os.PathLike | None = None,  # a folder, or a name for `prompts` to find; None = the checkpoint's own
+    tokenizer: str | os.PathLike | None = None,  # a folder, or a name for `prompts`; None = the checkpoint's own
     vae: str | os.PathLike | None = None,  # another checkpoint, or a VAE alone, to take the autoencoder from
     dtype: Any = None,  # of floats: "float32", "float16", "bfloat16"; None = as they are stored
 ) -> Checkpoint:
@@ -110,7 +110,9 @@ def open_vae(path: str | os.PathLike) -> tuple[VAEConfig, dict[str, Tensor]]:
 def _open_single_file(path: Path, weights: str, dtype: np.dtype | None, without: tuple[str, ...]) -> Checkpoint:
     contents = open_file(path)
     if detect.family(contents.tensors) != "sd1":
-        raise CheckpointError(f"{path} looks like {detect.describe(contents.tensors)}: only Stable Diffusion 1.x is opened")
+        raise CheckpointError(
+            f"{path} looks like {detect.describe(contents.tensors)}: only Stable Diffusion 1.x is opened"
+        )
     spec, found = _from_compvis(contents, path, weights, without=without)
     for part in PARTS:
         if part not in found and part not in without:
@@ -205,7 +207,9 @@ def _weights_file(folder: Path, stem: str, weights: str) -> Path:
                 return folder / name
     there = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".msgpack"))
     if any(name.endswith(".bin") for name in there):
-        raise CheckpointError(f"{folder}: only pickled weights ({there[0]}), which are not read: save as safetensors first")
+        raise CheckpointError(
+            f"{folder}: only pickled weights ({there[0]}), which are not read: save as safetensors first"
+        )
     raise CheckpointError(f"{folder}: no {stem}.safetensors in it" + (f", only {', '.join(there)}" if there else ""))
 
 
@@ -231,14 +235,11 @@ def _open_native(path: Path, weights: str, dtype: np.dtype | None, without: tupl
         raise CheckpointError(f"{folder / str(step)}: its meta is not that of a model ({error})") from error
     tokenizer = folder.parent / (meta.get("tokenizer") or "tokenizer")
     found = str(tokenizer) if tokenizer_files.is_tokenizer(tokenizer) else None
-    for part, tree in params.items():
-        _check_native(part, tree, spec, folder / str(step))
+    params = jax.tree.map(lazy, {part: tree for part, tree in params.items() if part in PARTS})
+    for part, tree in params.items():  # for its strictness
+        flat = traverse_util.flatten_dict(tree, sep="/")
+        keys_diffusers.to_diffusers(part, flat, getattr(spec, part), str(folder / str(step)))
     return Checkpoint(spec, params, found, "native", used, step)
-
-
-def _check_native(part: str, tree: Params, spec: ModelSpec, where: Path) -> None:
-    if part in PARTS:
-        keys_diffusers.to_diffusers(part, traverse_util.flatten_dict(tree, sep="/"), getattr(spec, part), str(where))
 
 
 _OPEN = {"single_file": _open_single_file, "diffusers": _open_diffusers, "native": _open_native}
@@ -250,7 +251,11 @@ _OPEN = {"single_file": _open_single_file, "diffusers": _open_diffusers, "native
 def _with_tokenizer(opened: Checkpoint, path: str | os.PathLike) -> ModelSpec:
     """The text encoder's special ids are the tokenizer's own, where it is at hand."""
     spec, text = opened.spec, opened.spec.text_encoder
-    if "text_encoder" not in opened.params or not opened.tokenizer or not tokenizer_files.is_tokenizer(opened.tokenizer):
+    if (
+        "text_encoder" not in opened.params
+        or not opened.tokenizer
+        or not tokenizer_files.is_tokenizer(opened.tokenizer)
+    ):
         return spec
     ids = tokenizer_files.special_ids(opened.tokenizer)
     too_large = {kind: i for kind, i in ids.items() if i >= text.vocab_size}

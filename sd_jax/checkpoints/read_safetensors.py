@@ -2,13 +2,14 @@
 
     {"name": {"dtype": "F16", "shape": [...], "data_offsets": [begin, end]}, "__metadata__": {"key": "text"}}
 
-Why not the `safetensors` package: its NumPy side refuses a whole file for one float8 tensor, and it maps the file, which
-counts as memory of this process. Here a tensor is read, by offset, when it is asked for.
+Why not the `safetensors` package: its NumPy side refuses a whole file for one float8 tensor, and it maps the file,
+which counts as memory of this process. Here a tensor is read, by offset, when it is asked for.
 
 Format: https://github.com/huggingface/safetensors#format
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -147,7 +148,8 @@ def _tensors(path: Path, header: dict[str, Any], begin_of_data: int, size: int) 
         if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
             raise CheckpointError(f"{path}: {name} is {shape} of {dtype}, but has {end - begin} bytes")
         spans.append((begin, end))
-        tensors[name] = _tensor(path, name, shape, DTYPES[dtype], begin_of_data + begin)
+        place = functools.partial(_read_at, path, name, shape, DTYPES[dtype], begin_of_data + begin)
+        tensors[name] = Tensor(shape, DTYPES[dtype], place)
 
     # Every byte belongs to one tensor
     covered = 0
@@ -164,16 +166,12 @@ def _tensors(path: Path, header: dict[str, Any], begin_of_data: int, size: int) 
     return tensors
 
 
-def _tensor(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> Tensor:
+def _read_at(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> np.ndarray:
     length = math.prod(shape) * dtype.itemsize
-
-    def read_now() -> np.ndarray:
-        raw = np.fromfile(path, np.uint8, count=length, offset=offset)
-        if raw.size != length:
-            raise CheckpointError(f"{path}: cut short while it was read, at {name}")
-        return raw.view(dtype).reshape(shape)
-
-    return Tensor(shape, dtype, read_now)
+    raw = np.fromfile(path, np.uint8, count=length, offset=offset)
+    if raw.size != length:
+        raise CheckpointError(f"{path}: cut short while it was read, at {name}")
+    return raw.view(dtype).reshape(shape)
 
 
 # Writing

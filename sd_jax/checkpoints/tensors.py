@@ -1,7 +1,7 @@
 """Tensors that are not read yet: renamed, transposed and cast for nothing, read one at a time when asked.
 
-Everything between a file and a parameter tree works on `dict[str, Tensor]`, so loading holds at most one copy of a model
-and one tensor more, and converting a file into another one holds one tensor.
+Everything between a file and a parameter tree works on `dict[str, Tensor]`, so loading holds at most one copy of a
+model and one tensor more, and converting a file into another one holds one tensor.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ def lazy(array: Any) -> Tensor:
 
 
 def dtype_of(name: Any) -> np.dtype | None:
-    """"float32" | "float16" | "bfloat16" (or the NumPy or JAX type of one) -> NumPy dtype; None stays None."""
+    """ "float32" | "float16" | "bfloat16" (or the NumPy or JAX type of one) -> NumPy dtype; None stays None."""
     if name is None:
         return None
     if isinstance(name, str) and name in _DTYPES:

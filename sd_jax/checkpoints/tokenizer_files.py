@@ -1,10 +1,10 @@
 """A tokenizer's folder as a checkpoint carries it: which ids it gives, and copying it whole.
 
-transformers 5 writes `tokenizer.json` only; older readers want `vocab.json` and `merges.txt`, which are in it. Both are
-written. How words become ids is the business of `prompts`.
+How words become ids is the business of `prompts`.
 """
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -12,14 +12,8 @@ from typing import Any
 
 from sd_jax.checkpoints.errors import CheckpointError
 
-FILES = (
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+_NEEDED = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+_OPTIONAL = ("tokenizer.json", "added_tokens.json")
 _DEFAULTS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
 
 
@@ -34,46 +28,37 @@ def special_ids(folder: str | os.PathLike) -> dict[str, int]:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, max_length: int) -> None:
-    """A folder, or a Tokenizer that can `save` itself -> a folder that transformers of any version opens.
+    """A folder, or a Tokenizer of `prompts` -> a folder that transformers 4 and 5 open.
 
+    max_length: the text encoder's positions; a tokenizer that says more would have diffusers pad beyond them.
     Raises CheckpointError where the folder holds no vocabulary.
     """
-    folder.mkdir(parents=True)
     if hasattr(tokenizer, "save"):
         tokenizer.save(folder)
-    else:
-        if not is_tokenizer(tokenizer):
-            raise CheckpointError(f"{tokenizer}: no tokenizer: neither vocab.json nor tokenizer.json is in it")
-        for name in FILES:
+    elif not is_tokenizer(tokenizer):
+        raise CheckpointError(f"{tokenizer}: no tokenizer: neither vocab.json nor tokenizer.json is in it")
+    elif all((Path(tokenizer) / name).is_file() for name in _NEEDED):
+        folder.mkdir(parents=True)
+        for name in _NEEDED + _OPTIONAL:
             if (Path(tokenizer) / name).is_file():
                 shutil.copyfile(Path(tokenizer) / name, folder / name)
-    _complete(folder, max_length)
+    else:  # transformers 5 writes tokenizer.json alone, which older readers do not know
+        from sd_jax.prompts.tokenize import load_tokenizer
 
-
-def _complete(folder: Path, max_length: int) -> None:
-    if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
-        model = _json(folder / "tokenizer.json").get("model", {})
-        if "vocab" not in model or "merges" not in model:
-            raise CheckpointError(f"{folder}: neither vocab.json with merges.txt nor a byte-level BPE in tokenizer.json")
-        pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-        _write(folder / "vocab.json", _vocabulary(folder))
-        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8")
-    names = _names(folder)
-    if not (folder / "tokenizer_config.json").is_file():
-        own = {**names, "unk_token": names["eos_token"], "model_max_length": max_length}
-        _write(folder / "tokenizer_config.json", {**own, "tokenizer_class": "CLIPTokenizer"})
-    if not (folder / "special_tokens_map.json").is_file():
-        _write(folder / "special_tokens_map.json", {**names, "unk_token": names["eos_token"]})
+        load_tokenizer(Path(tokenizer)).save(folder)
+    config = _json(folder / "tokenizer_config.json")
+    if config.get("model_max_length", math.inf) > max_length:
+        config["model_max_length"] = max_length
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _vocabulary(folder: Path) -> dict[str, int]:
     if (folder / "vocab.json").is_file():
-        vocabulary = _json(folder / "vocab.json")
-    else:
-        whole = _json(folder / "tokenizer.json")
-        added = {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
-        vocabulary = {**whole.get("model", {}).get("vocab", {}), **added}
-    return dict(sorted(vocabulary.items(), key=lambda item: item[1]))
+        added = _json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
+        return {**_json(folder / "vocab.json"), **added}
+    whole = _json(folder / "tokenizer.json")
+    added = {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
+    return {**whole.get("model", {}).get("vocab", {}), **added}
 
 
 def _names(folder: Path) -> dict[str, str]:
@@ -94,7 +79,3 @@ def _json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
-
-
-def _write(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

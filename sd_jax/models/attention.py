@@ -3,8 +3,8 @@
     softmax(q k^T / sqrt(D) + mask) v                                                   (Eq. 1, Vaswani et al. 2017)
 
 Implementations
-    plain    the whole [heads, queries, keys] matrix at once; fastest where it is small
-    chunked  slices of queries, one after the other: memory grows with the chunk, not with the square of the sequence
+    plain    the whole [batch, heads, queries, keys] matrix of scores at once; fastest where it is small
+    chunked  some of its rows after the others, recomputed in the backward pass: memory does not grow with its size
     cudnn    the flash attention of cuDNN through `jax.nn.dot_product_attention`; NVIDIA GPUs, 16-bit
 """
 
@@ -13,17 +13,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sd_jax.models.layers import Dtype, GroupNorm, LayerNorm, conv, dense
+from sd_jax.models.layers import ZEROS, Dtype, GroupNorm, LayerNorm, conv, dense
 
-PLAIN_LIMIT = 1024 * 1024  # queries x keys of one head; beyond it the score matrix falls out of every cache
-QUERY_CHUNK = 512
+# Scores that are held at once. CPU: beyond 16 MB they fall out of the cache, and one (batch, head) pair after the
+# other takes a third of the time. Elsewhere all pairs go together, or the device would idle: only memory sets a limit.
+PLAIN_LIMIT = {"cpu": 2**22, "gpu": 2**28, "tpu": 2**28}
+CHUNK_LIMIT = {"cpu": 2**24, "gpu": 2**27, "tpu": 2**27}
 
 
-def choose_implementation(queries: int, keys: int, head_dim: int, dtype: Dtype, backend: str, masked: bool) -> str:
-    """The implementation for these sizes: cuDNN where it works, else plain up to `PLAIN_LIMIT` scores, else chunked."""
-    if backend == "gpu" and jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128 and not masked:
+def choose_implementation(scores: int, head_dim: int, dtype: Dtype, backend: str) -> str:
+    """cuDNN where it works, else plain up to `PLAIN_LIMIT` scores (batch x heads x queries x keys), else chunked."""
+    if backend == "gpu" and jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
-    return "plain" if queries * keys < PLAIN_LIMIT else "chunked"
+    return "plain" if scores <= PLAIN_LIMIT[backend] else "chunked"
 
 
 def attention(
@@ -35,14 +37,15 @@ def attention(
 ) -> Float[Array, "batch queries heads dim"]:
     """(Eq. 1). Scores and softmax are float32 whatever the inputs are; the result has the dtype of `v`.
 
-    Raises ValueError for an unknown implementation, or for `causal` with any but the plain one.
+    Causal attention is always plain: only the text encoders use it, on 77 tokens. Raises ValueError for an unknown
+    implementation.
     """
-    if implementation == "auto":
-        implementation = choose_implementation(
-            q_BxLxHxD.shape[1], k_BxSxHxD.shape[1], q_BxLxHxD.shape[3], v_BxSxHxD.dtype, jax.default_backend(), causal
-        )
-    if causal and implementation != "plain":
+    if causal:
         implementation = "plain"
+    if implementation == "auto":
+        batch, queries, heads, dim = q_BxLxHxD.shape
+        scores = batch * heads * queries * k_BxSxHxD.shape[1]
+        implementation = choose_implementation(scores, dim, v_BxSxHxD.dtype, jax.default_backend())
     if implementation == "plain":
         return _plain(q_BxLxHxD, k_BxSxHxD, v_BxSxHxD, causal)
     if implementation == "chunked":
@@ -53,8 +56,7 @@ def attention(
 
 
 def _plain(q, k, v, causal):
-    scale = q.shape[-1] ** -0.5
-    scores_BxHxLxS = jnp.einsum("blhd,bshd->bhls", q * jnp.asarray(scale, q.dtype), k).astype(jnp.float32)
+    scores_BxHxLxS = jnp.einsum("blhd,bshd->bhls", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if causal:
         visible = jnp.tril(jnp.ones(scores_BxHxLxS.shape[-2:], bool))
         scores_BxHxLxS = jnp.where(visible[None, None], scores_BxHxLxS, jnp.finfo(jnp.float32).min)
@@ -63,23 +65,36 @@ def _plain(q, k, v, causal):
 
 
 def _chunked(q, k, v):
-    """`lax.map` over (batch, head) pairs and chunks of queries; each chunk is recomputed in the backward pass."""
+    """`lax.map` over chunks of queries, and on a CPU over (batch, head) pairs."""
     batch, queries, heads, dim = q.shape
-    chunk = QUERY_CHUNK if queries % QUERY_CHUNK == 0 else queries
-    as_pairs = lambda x: x.transpose(0, 2, 1, 3).reshape(batch * heads, x.shape[1], dim)  # noqa: E731
-    q, k, v = as_pairs(q) * jnp.asarray(dim**-0.5, q.dtype), as_pairs(k), as_pairs(v)
+    pairs, keys = batch * heads, k.shape[1]
+    backend = jax.default_backend()
+    # With several devices the batch is split over them: a loop over pairs would make each of them do all the work.
+    together = 1 if backend == "cpu" and jax.device_count() == 1 else pairs
+    chunk = min(queries, max(1, CHUNK_LIMIT[backend] // (together * keys)))
+    chunks = -(-queries // chunk)
+
+    def as_pairs(x):
+        return x.transpose(0, 2, 1, 3).reshape(pairs // together, together, x.shape[1], dim)
 
     @jax.checkpoint
-    def one_chunk(q_CxD, k_SxD, v_SxD):
-        scores = (q_CxD @ k_SxD.T).astype(jnp.float32)
-        return jax.nn.softmax(scores, axis=-1).astype(v_SxD.dtype) @ v_SxD
+    def one_chunk(q_PxCxD, k_PxSxD, v_PxSxD):
+        scores = jnp.einsum("pcd,psd->pcs", q_PxCxD, k_PxSxD, preferred_element_type=jnp.float32) * dim**-0.5
+        # Divided by their sum after the product with v, which has far fewer numbers than the scores.
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        out = jnp.einsum("pcs,psd->pcd", weights.astype(v.dtype), v_PxSxD, preferred_element_type=jnp.float32)
+        return (out / weights.sum(-1, keepdims=True)).astype(v.dtype)
 
-    def one_pair(pair):
-        q_LxD, k_SxD, v_SxD = pair
-        chunks = q_LxD.reshape(queries // chunk, chunk, dim)
-        return jax.lax.map(lambda c: one_chunk(c, k_SxD, v_SxD), chunks).reshape(queries, dim)
+    def some_pairs(inputs):
+        q_PxLxD, k_PxSxD, v_PxSxD = inputs
+        if chunks == 1:
+            return one_chunk(q_PxLxD, k_PxSxD, v_PxSxD)
+        padded = jnp.pad(q_PxLxD, ((0, 0), (0, chunks * chunk - queries), (0, 0)))
+        q_NxPxCxD = padded.reshape(together, chunks, chunk, dim).swapaxes(0, 1)
+        out = jax.lax.map(lambda q_PxCxD: one_chunk(q_PxCxD, k_PxSxD, v_PxSxD), q_NxPxCxD)
+        return out.swapaxes(0, 1).reshape(together, chunks * chunk, dim)[:, :queries]
 
-    out = jax.lax.map(one_pair, (q, k, v))
+    out = jax.lax.map(some_pairs, (as_pairs(q), as_pairs(k), as_pairs(v)))
     return out.reshape(batch, heads, queries, dim).transpose(0, 2, 1, 3)
 
 
@@ -173,4 +188,4 @@ class SpatialTransformer(nn.Module):
         h = GroupNorm(self.norm_num_groups, 1e-6, name="norm", **types)(x)
         h = conv(channels, "proj_in", self, kernel=1)(h).reshape(batch, height * width, channels)
         h = block(self.heads, name="transformer_blocks_0", **types)(h, context)
-        return x + conv(channels, "proj_out", self, kernel=1)(h.reshape(x.shape))
+        return x + conv(channels, "proj_out", self, kernel=1, kernel_init=ZEROS)(h.reshape(x.shape))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 from sd_jax.models.attention import attention
-from sd_jax.models.layers import Dtype, LayerNorm, dense
+from sd_jax.models.layers import ZEROS, Dtype, LayerNorm, dense
 from sd_jax.models.presets import CLIPTextConfig
 from sd_jax.types import Conditioning, TokenIds
 
@@ -20,7 +20,7 @@ class _SelfAttention(nn.Module):
         width, heads = self.config.hidden_size, self.config.num_attention_heads
         split = lambda y: y.reshape(*y.shape[:2], heads, width // heads)  # noqa: E731
         q, k, v = (split(dense(width, f"{name}_proj", self)(x)) for name in "qkv")
-        return dense(width, "out_proj", self)(attention(q, k, v, causal=True).reshape(x.shape))
+        return dense(width, "out_proj", self, kernel_init=ZEROS)(attention(q, k, v, causal=True).reshape(x.shape))
 
 
 class _MLP(nn.Module):
@@ -32,7 +32,7 @@ class _MLP(nn.Module):
     def __call__(self, x):
         h = dense(self.config.intermediate_size, "fc1", self)(x)
         h = h * nn.sigmoid(1.702 * h) if self.config.hidden_act == "quick_gelu" else nn.gelu(h, approximate=False)
-        return dense(self.config.hidden_size, "fc2", self)(h)
+        return dense(self.config.hidden_size, "fc2", self, kernel_init=ZEROS)(h)
 
 
 class _Layer(nn.Module):

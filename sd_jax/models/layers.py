@@ -10,12 +10,19 @@ from jaxtyping import Array, Float
 
 Dtype = jnp.dtype | type
 
+# The last layer of a residual branch starts at zero: a fresh network is the identity along its trunk (LDM's zero_module)
+ZEROS = nn.initializers.zeros
+
+# Other kernels: variance 1 / fan-in (LeCun et al. 1998), uniform, because hundreds of truncated normals compile slowly
+UNIFORM = nn.initializers.lecun_uniform()
+
 
 class GroupNorm(nn.Module):
     """Group normalisation (Wu & He 2018) over the last axis' groups, in float32, with optional SiLU after it.
 
-    The statistics are taken per channel first and then joined per group, so the tensor is read once for them and once
-    to be scaled: `y = x * a + b` with `a, b` of shape [batch, channels].
+    The tensor is read once for its statistics and once to be scaled: `y = x * a + b`, `a, b` of [batch, channels].
+    Mean and variance are taken per channel first and then joined per group. E[x^2] - E[x]^2 in one pass loses all
+    digits where the mean is far above the spread, so x is first shifted by one of its own values, which costs nothing.
     """
 
     num_groups: int = 32
@@ -35,12 +42,16 @@ class GroupNorm(nn.Module):
 
         def per_group(per_channel):  # [batch, channels] -> the same, averaged within each group
             grouped = per_channel.reshape(batch, self.num_groups, -1).mean(-1, keepdims=True)
-            return jnp.broadcast_to(grouped, (batch, self.num_groups, channels // self.num_groups)).reshape(
-                batch, channels
-            )
+            shape = (batch, self.num_groups, channels // self.num_groups)
+            return jnp.broadcast_to(grouped, shape).reshape(batch, channels)
 
-        mean = per_group(flat.mean(1))
-        variance = per_group(jnp.square(flat).mean(1)) - jnp.square(mean)
+        shift = jax.lax.stop_gradient(flat[:, :1])
+        shifted = flat - shift
+        channel_mean = shifted.mean(1)
+        channel_variance = jnp.square(shifted).mean(1) - jnp.square(channel_mean)
+        channel_mean = channel_mean + shift[:, 0]
+        mean = per_group(channel_mean)
+        variance = per_group(channel_variance + jnp.square(channel_mean - mean))
         a = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + self.epsilon) * scale.astype(jnp.float32)[None]
         b = bias.astype(jnp.float32)[None] - mean * a
         return (flat * a[:, None] + b[:, None]).astype(self.dtype).reshape(x.shape)
@@ -57,13 +68,14 @@ def conv(features: int, name: str, like: nn.Module, kernel: int = 3, stride: int
         dtype=like.dtype,
         param_dtype=like.param_dtype,
         name=name,
-        **kwargs,
+        **{"kernel_init": UNIFORM, **kwargs},
     )
 
 
-def dense(features: int, name: str, like: nn.Module, use_bias: bool = True) -> nn.Dense:
+def dense(features: int, name: str, like: nn.Module, use_bias: bool = True, **kwargs) -> nn.Dense:
     """A linear layer in the dtypes of the module `like`."""
-    return nn.Dense(features, use_bias=use_bias, dtype=like.dtype, param_dtype=like.param_dtype, name=name)
+    types = {"dtype": like.dtype, "param_dtype": like.param_dtype}
+    return nn.Dense(features, use_bias=use_bias, name=name, **types, **{"kernel_init": UNIFORM, **kwargs})
 
 
 class LayerNorm(nn.Module):
@@ -97,6 +109,29 @@ class Downsample(nn.Module):
         return conv(x.shape[-1], "conv", self, stride=2, padding=padding)(x)
 
 
+def _conv_of_doubled(doubled, kernel, strides, padding, *, dimension_numbers, **_):
+    """What `lax.conv_general_dilated` gives for a 3x3 kernel on a picture doubled by nearest neighbour: as four 2x2
+    kernels on the small picture, one for each place within a doubled pixel. 4/9 of the arithmetic, half of the time.
+
+    A row of the doubled picture sees two rows of the small one: the even ones weigh them with k[0] and k[1] + k[2],
+    the odd ones with k[0] + k[1] and k[2]; columns likewise.
+    """
+    batch, height, width, _ = doubled.shape
+    x = doubled[:, ::2, ::2]
+
+    def fold(kernel, axis, odd):
+        first, middle, last = jnp.split(kernel, 3, axis)
+        return jnp.concatenate([first + middle, last] if odd else [first, middle + last], axis)
+
+    def phase(row, column):
+        small = fold(fold(kernel, 0, row), 1, column)
+        pad = ((1 - row, row), (1 - column, column))
+        return jax.lax.conv_general_dilated(x, small, (1, 1), pad, dimension_numbers=dimension_numbers)
+
+    y = jnp.stack([jnp.stack([phase(row, 0), phase(row, 1)], 3) for row in (0, 1)], 2)
+    return y.reshape(batch, height, width, -1)
+
+
 class Upsample(nn.Module):
     """Twice the size by nearest neighbour, then a 3x3 convolution."""
 
@@ -109,7 +144,9 @@ class Upsample(nn.Module):
     ) -> Float[Array, "batch twice_h twice_w channels"]:
         batch, height, width, channels = x.shape
         x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
-        return conv(channels, "conv", self)(x.reshape(batch, 2 * height, 2 * width, channels))
+        # On GPUs and TPUs four small convolutions would each fill the device less well than one.
+        shortcut = {"conv_general_dilated": _conv_of_doubled} if jax.default_backend() == "cpu" else {}
+        return conv(channels, "conv", self, **shortcut)(x.reshape(batch, 2 * height, 2 * width, channels))
 
 
 def timestep_embedding(timesteps: Float[Array, " batch"], width: int) -> Float[Array, "batch width"]:

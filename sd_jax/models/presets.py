@@ -131,20 +131,17 @@ def _shapes(resolution: int, vae_channels: tuple[int, ...], latent_channels: int
     )
 
 
-SHAPES_32 = _shapes(
-    32,
-    vae_channels=(16, 32, 64),
-    latent_channels=4,
-    unet=UNetConfig(
-        sample_size=8,
-        block_out_channels=(64, 128),
-        attention_blocks=(True, True),
-        layers_per_block=1,
-        num_attention_heads=4,
-        cross_attention_dim=128,
-        norm_num_groups=16,
-    ),
+_SHAPES_UNET = UNetConfig(
+    sample_size=8,
+    block_out_channels=(48, 96),
+    attention_blocks=(True, True),
+    layers_per_block=1,
+    num_attention_heads=2,
+    cross_attention_dim=96,
+    norm_num_groups=16,
 )
+SHAPES_32 = _shapes(32, vae_channels=(16, 32, 64), latent_channels=4, unet=_SHAPES_UNET)
+SHAPES_64 = _shapes(64, vae_channels=(16, 32, 64, 64), latent_channels=8, unet=_SHAPES_UNET)
 TINY_SHAPES = _shapes(
     32,
     vae_channels=(8, 8, 16),

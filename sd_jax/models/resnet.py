@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sd_jax.models.layers import Dtype, GroupNorm, conv, dense
+from sd_jax.models.layers import ZEROS, Dtype, GroupNorm, conv, dense
 
 
 class ResnetBlock(nn.Module):
@@ -31,7 +31,7 @@ class ResnetBlock(nn.Module):
         if time is not None:
             h = h + dense(self.features, "time_emb_proj", self)(nn.silu(time))[:, None, None, :]
         h = nn.silu(GroupNorm(self.norm_num_groups, self.epsilon, name="norm2", **types)(h))
-        h = conv(self.features, "conv2", self)(h)
+        h = conv(self.features, "conv2", self, kernel_init=ZEROS)(h)
         if x.shape[-1] != self.features:
             x = conv(self.features, "conv_shortcut", self, kernel=1)(x)
         return x + h

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sd_jax.models.attention import SpatialTransformer
-from sd_jax.models.layers import Downsample, Dtype, GroupNorm, TimestepEmbedding, Upsample, conv, timestep_embedding
+from sd_jax.models.layers import (
+    ZEROS,
+    Downsample,
+    Dtype,
+    GroupNorm,
+    TimestepEmbedding,
+    Upsample,
+    conv,
+    timestep_embedding,
+)
 from sd_jax.models.presets import UNetConfig
 from sd_jax.models.resnet import ResnetBlock
 
@@ -143,7 +152,7 @@ class UNet(nn.Module):
 
         # Out
         h = nn.silu(GroupNorm(cfg.norm_num_groups, 1e-5, name="conv_norm_out", **types)(h))
-        return conv(cfg.out_channels, "conv_out", self)(h)
+        return conv(cfg.out_channels, "conv_out", self, kernel_init=ZEROS)(h)
 
 
 def _check_input(cfg: UNetConfig, latents: Array) -> None:

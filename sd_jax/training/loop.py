@@ -54,7 +54,8 @@ def train(
     train_source, held_out = sources.split_held_out(source, config.data.held_out, config.seed)
     captions = functools.partial(sources.captions, train_source)
     model = start.build_model(config, method, workdir, captions, dry_run)
-    empty_ids = None if model.tokenizer is None else model.tokenize([""])[0]
+    tokenize = None if model.tokenizer is None else model.tokenize
+    empty_ids = None if tokenize is None else tokenize([""])[0]
     context = Context(model.networks, config, empty_ids)
     loss = functools.partial(method.loss, context)
 
@@ -79,6 +80,7 @@ def train(
         return
 
     # --- Resume ------------------------------------------------------------------------------------------------------
+    workdir.mkdir(parents=True, exist_ok=True)
     configs.dump(config, workdir / "config.json")
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, best="held_out_loss")
     first_step, data_state = checkpoints.latest_step() or 0, None
@@ -86,7 +88,8 @@ def train(
         state, data_state = _restore(checkpoints, abstract, step)
     else:
         loaded = jax.tree.map(jnp.asarray, model.loaded)
-        state = sharding.jit(initial_state, out_shardings=None if step.pmap else step.shardings)(loaded)
+        where = None if step.pmap else step.shardings
+        state = sharding.jit(initial_state, once=True, out_shardings=where)(loaded)
     state = step.place_state(state)
     model.loaded.clear()  # the host's copy
     journal = Journal(workdir, first_step, config.total_steps, config.batch_size)
@@ -94,13 +97,16 @@ def train(
 
     # --- Data --------------------------------------------------------------------------------------------------------
     if config.data.cache_latents:
-        encode = functools.partial(_encode_moments, model.networks, step.whole_state(state).raw_model["vae"])
-        caching = functools.partial(latents.cache_moments, encode=encode, folder=workdir / "latents", config=config)
-        train_source, held_out = caching(train_source, name="train"), caching(held_out, name="held_out")
-    batches = loader.make_loader(train_source, model.tokenize, config, start_state=data_state)
+        vae = step.whole_state(state).raw_model["vae"]
+        encode = functools.partial(_encode_moments, vae, model.networks)
+        caching = functools.partial(
+            latents.cache_moments, encode=encode, weights=vae, folder=workdir / "latents", config=config
+        )
+        train_source, held_out = caching(train_source, "train"), caching(held_out, "held_out")
+    batches = loader.make_loader(train_source, tokenize, config, start_state=data_state)
     slots = _slots(config.batch_size)
     stream = loader.prefetch(batches, lambda batch: step.place_batch(_arrays(batch, slots)))
-    fixed = [_arrays(batch, slots) for batch in loader.fixed_batches(held_out, model.tokenize, config)]
+    fixed = [_arrays(batch, slots) for batch in loader.fixed_batches(held_out, tokenize, config)]
     evaluate = _make_evaluator(loss, config.seed, fixed)
     rate = learning_rate(config)
 
@@ -150,6 +156,9 @@ def train(
     # --- Finish ------------------------------------------------------------------------------------------------------
     if first_step >= config.total_steps:
         journal.log("nothing left to train: raise config.total_steps to go on")
+    if batches.bad_files.names:
+        journal.log(str(batches.bad_files))
+    batches.close()
     checkpoints.close()
     seconds = _add_seconds(workdir / "summary.json", time.time() - started, config.total_steps)
     journal.log(f"done in {seconds:.0f} seconds: {workdir}")
@@ -176,12 +185,8 @@ def _arrays(batch: dict, slots: np.ndarray) -> dict[str, np.ndarray]:
     return {**kept, "slot": slots[: len(batch["index"])]}
 
 
-def _encode_moments(networks, params, pixels: np.ndarray) -> np.ndarray:
-    return np.asarray(_moments(params, networks, pixels))
-
-
 @functools.partial(sharding.jit, static_argnums=1)
-def _moments(params, networks, pixels):
+def _encode_moments(params, networks, pixels):
     posterior = networks.vae.apply({"params": params}, to_image(pixels), method="encode")
     return jnp.concatenate([posterior.mean, posterior.logvar], axis=-1)
 
@@ -194,7 +199,7 @@ def _make_evaluator(loss, seed: int, batches: list[dict]):
         key = jax.random.fold_in(jax.random.key(seed), number)
         return loss(params, batch, noise.example_keys(key, EVAL_STEP, batch["slot"]))[0]
 
-    return lambda params: float(np.mean([one(params, batch, i) for i, batch in enumerate(batches)]))
+    return lambda params: float(np.mean([float(one(params, batch, i)) for i, batch in enumerate(batches)]))
 
 
 def _restore(checkpoints: Checkpoints, abstract: TrainState, step: MappedStep) -> tuple[TrainState, Any]:

@@ -1,6 +1,7 @@
 """What a run writes down: metrics.jsonl (a row per step), TensorBoard events, log.txt, a progress bar."""
 
 import json
+import logging
 import pathlib
 import time
 
@@ -23,6 +24,8 @@ class Journal:
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1, flush_secs=30)
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.05)
         self._batch_size, self._last, self._rate = batch_size, time.monotonic(), None
+        self._handler = _ToJournal(self)  # what the data and the checkpoints have to say
+        logging.getLogger("sd_jax").addHandler(self._handler)
 
     def step(self, step: int, metrics: dict[str, float]) -> dict:
         """Records an optimiser step; call it once a step. Returns the row, with `images_per_second`, a running mean."""
@@ -52,8 +55,20 @@ class Journal:
         self._last = time.monotonic()
 
     def close(self) -> None:
+        logging.getLogger("sd_jax").removeHandler(self._handler)
         for part in (self._bar, self._rows, self._log, self._events):
             part.close()
+
+
+class _ToJournal(logging.Handler):
+    """Hands the package's log records to a journal."""
+
+    def __init__(self, journal: Journal):
+        super().__init__(logging.INFO)
+        self._journal = journal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._journal.log(record.getMessage())
 
 
 def read_rows(workdir: pathlib.Path) -> list[dict]:

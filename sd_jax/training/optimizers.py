@@ -1,8 +1,11 @@
-"""The optimiser of a run: AdamW (Loshchilov & Hutter 2019) with warm-up, a schedule and clipping by global norm."""
+"""The optimiser of a run: AdamW (Loshchilov & Hutter 2019) or Muon, with warm-up, a schedule and clipping by norm."""
 
 import jax
 import optax
+import optax.contrib
 from ml_collections import ConfigDict
+
+from sd_jax.types import Params
 
 SCHEDULES = ("constant", "cosine", "linear")
 
@@ -31,15 +34,46 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Biases, norms and other vectors are not decayed."""
-    cfg = config.optimizer
-    return optax.chain(
-        optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
-        optax.adamw(
-            learning_rate(config),
-            b1=cfg.b1,
-            b2=cfg.b2,
-            weight_decay=cfg.weight_decay,
-            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
-        ),
+    """Biases, norms and other vectors are not decayed. Raises ValueError for an unknown optimiser."""
+    cfg, rate = config.optimizer, learning_rate(config)
+    if cfg.name not in _OPTIMIZERS:
+        raise ValueError(f"config.optimizer.name={cfg.name!r} is unknown: use {', '.join(_OPTIMIZERS)}")
+    clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
+    return optax.chain(clip, _OPTIMIZERS[cfg.name](cfg, rate))
+
+
+def _adamw(cfg: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mask=_matrices)
+
+
+def _muon(cfg: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) for kernels, a convolution's being the matrix [height width in, out]; Adam for the rest.
+
+    Updates are scaled to the root mean square of Adam's (Liu et al. 2025, section 2.2), so rates carry over.
+    """
+    return optax.contrib.muon(
+        rate,
+        adam_b1=cfg.b1,
+        adam_b2=cfg.b2,
+        weight_decay=cfg.weight_decay,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=_as_matrices,
     )
+
+
+_OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
+
+
+def _matrices(params: Params) -> Params:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def _as_matrices(params: Params) -> Params:
+    """Which axes of each kernel Muon joins; None = Adam's: vectors and embeddings, whose rows are independent."""
+
+    def axes(path, leaf):
+        if leaf.ndim < 2 or path[-1].key != "kernel":
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), (leaf.ndim - 1,))
+
+    return jax.tree_util.tree_map_with_path(axes, params)

@@ -5,6 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sd_jax import trees
+from sd_jax.checkpoints.keys_diffusers import from_diffusers
+from sd_jax.checkpoints.tensors import lazy
+
 
 @pytest.fixture(scope="session")
 def initialise():
@@ -48,27 +52,11 @@ def assert_trees_close(relative_error):
 
 @pytest.fixture(scope="session")
 def from_torch():
-    """`from_torch(module)` -> our parameter tree with the weights of a diffusers or transformers module."""
+    """`from_torch(part, module, config)` -> our parameters with the weights of a diffusers or transformers module."""
 
-    def convert(module):
-        tree = {}
-        for name, tensor in module.state_dict().items():
-            if name.endswith("position_ids"):
-                continue
-            parts = []
-            for part in name.split("."):
-                parts[-1:] = [f"{parts[-1]}_{part}"] if part.isdigit() else [*parts[-1:], part]
-            value = tensor.detach().numpy()
-            if parts[-1] == "weight":
-                parts[-1] = "scale" if value.ndim == 1 else "embedding" if "embedding" in parts[-2] else "kernel"
-            if "time_embedding" in parts and parts[-1] == "embedding":
-                parts[-1] = "kernel"
-            if parts[-1] == "kernel":
-                value = value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
-            node = tree
-            for part in parts[:-1]:
-                node = node.setdefault(part, {})
-            node[parts[-1]] = jnp.asarray(value)
-        return tree
+    def convert(part, module, config):
+        tensors = {name: lazy(tensor.detach().numpy()) for name, tensor in module.state_dict().items()}
+        ours = from_diffusers(part, tensors, config, "the reference")
+        return trees.unflatten({name: jnp.asarray(np.asarray(tensor)) for name, tensor in ours.items()})
 
     return convert

@@ -26,7 +26,8 @@ def exact(q, k, v, causal=False):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(module, "QUERY_CHUNK", 4)
+    """Four queries at a time for the nine keys of `arrays`."""
+    monkeypatch.setattr(module, "CHUNK_LIMIT", {"cpu": 36, "gpu": 6 * 36, "tpu": 6 * 36})
 
 
 @pytest.mark.parametrize("implementation", ["plain", "chunked"])
@@ -71,20 +72,23 @@ def test_bfloat16_in_bfloat16_out_with_float32_scores(implementation):
 
 
 def test_choice_of_implementation():
-    choose = lambda q, k, d, dtype, backend, masked=False: choose_implementation(q, k, d, dtype, backend, masked)  # noqa: E731
-    assert choose(4096, 4096, 40, jnp.float32, "cpu") == "chunked"
-    assert choose(4096, 77, 40, jnp.float32, "cpu") == "plain"
-    assert choose(256, 256, 8, jnp.float32, "cpu") == "plain"
-    assert choose(4096, 4096, 40, jnp.bfloat16, "gpu") == "cudnn"
-    assert choose(4096, 4096, 40, jnp.float32, "gpu") == "chunked"
-    assert choose(4096, 4096, 512, jnp.bfloat16, "gpu") == "chunked"  # the VAE's single head is too wide for cuDNN
-    assert choose(77, 77, 64, jnp.bfloat16, "gpu", masked=True) == "plain"
+    long, short = 16 * 4096 * 4096, 16 * 256 * 77
+    for scores, head_dim, dtype, backend, expected in [
+        (long, 40, jnp.float32, "cpu", "chunked"),
+        (short, 40, jnp.float32, "cpu", "plain"),
+        (long, 40, jnp.bfloat16, "gpu", "cudnn"),
+        (long, 40, jnp.float32, "gpu", "plain"),
+        (2 * long, 40, jnp.float32, "gpu", "chunked"),
+        (2 * long, 512, jnp.bfloat16, "gpu", "chunked"),  # the VAE's single head is too wide for cuDNN
+        (short, 40, jnp.bfloat16, "tpu", "plain"),
+    ]:
+        assert choose_implementation(scores, head_dim, dtype, backend) == expected
 
 
 def test_chunks_keep_memory_below_the_score_matrix():
-    shape = jax.ShapeDtypeStruct((1, 4096, 2, 8), jnp.float32)
+    shape = jax.ShapeDtypeStruct((1, 4096, 16, 8), jnp.float32)
     compiled = jax.jit(lambda q, k, v: attention(q, k, v, implementation="chunked")).lower(shape, shape, shape).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 4096 * 4 / 2
+    assert compiled.memory_analysis().temp_size_in_bytes < 16 * 4096 * 4096 * 4 / 4
 
 
 def test_unknown_implementation_is_named():

@@ -26,7 +26,7 @@ def params(initialise):
 
 
 def run(params, ids, clip_skip=1, **types):
-    return CLIPText(CONFIG, **types).apply({"params": params}, ids, clip_skip)
+    return jax.jit(lambda p: CLIPText(CONFIG, **types).apply({"params": p}, ids, clip_skip))(params)
 
 
 def test_shapes_and_dtypes(params):
@@ -92,8 +92,7 @@ def parity_errors(config, ids, from_torch, relative_error):
     import torch
 
     model = reference(config)
-    params = from_torch(model)
-    params = params if "text_model" in params else {"text_model": params}  # transformers 5 dropped this level
+    params = from_torch("text_encoder", model, config)
     with torch.no_grad():
         expected = model(torch.tensor(np.asarray(ids), dtype=torch.long), output_hidden_states=True)
         norm = getattr(model, "text_model", model).final_layer_norm

@@ -109,7 +109,7 @@ def parity_error(config, inputs, from_torch, relative_error):
     with torch.no_grad():
         as_torch = [torch.tensor(np.asarray(x)) for x in (latents.transpose(0, 3, 1, 2), timesteps, context)]
         expected = model(*as_torch).sample.permute(0, 2, 3, 1).numpy()
-    ours = jax.jit(UNet(config).apply)({"params": from_torch(model)}, *inputs)
+    ours = jax.jit(UNet(config).apply)({"params": from_torch("unet", model, config)}, *inputs)
     return relative_error(ours, expected)
 
 

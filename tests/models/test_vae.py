@@ -1,12 +1,22 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sd_jax.models.presets import SD15, TINY, VAEConfig
-from sd_jax.models.vae import VAE, Posterior, apply_decode, apply_encode, gaussian_latents
+from sd_jax.models.vae import VAE, Posterior, to_image, to_pixels
 
 CONFIG = TINY.vae
+
+
+def encode(params, image, config=CONFIG, **types):
+    return jax.jit(lambda p, x: VAE(config, **types).apply({"params": p}, x, method="encode"))(params, image)
+
+
+def decode(params, z, config=CONFIG, **types):
+    return jax.jit(lambda p, x: VAE(config, **types).apply({"params": p}, x, method="decode"))(params, z)
 
 
 def normal(*shape, seed=0):
@@ -20,9 +30,9 @@ def params(initialise):
 
 def test_shapes_of_latents_and_image(params):
     image = normal(2, 16, 24, 3)
-    posterior = apply_encode(VAE(CONFIG), params, image)
+    posterior = encode(params, image)
     assert posterior.mean.shape == posterior.logvar.shape == (2, 4, 6, 4)
-    assert apply_decode(VAE(CONFIG), params, posterior.mean).shape == image.shape
+    assert decode(params, posterior.mean).shape == image.shape
 
 
 def test_sd15_has_its_84_million_parameters():
@@ -32,18 +42,20 @@ def test_sd15_has_its_84_million_parameters():
 
 def test_posterior_is_float32_whatever_the_computation_is(params):
     image = normal(1, 16, 16, 3)
-    full = apply_encode(VAE(CONFIG), params, image)
-    half = apply_encode(VAE(CONFIG, dtype=jnp.bfloat16), params, image)
+    full = encode(params, image)
+    half = encode(params, image, dtype=jnp.bfloat16)
     assert half.mean.dtype == jnp.float32
     assert np.linalg.norm(half.mean - full.mean) < 0.1 * np.linalg.norm(full.mean)
-    assert apply_decode(VAE(CONFIG, dtype=jnp.bfloat16), params, full.mean).dtype == jnp.bfloat16
+    assert decode(params, full.mean, dtype=jnp.bfloat16).dtype == jnp.bfloat16
 
 
-def test_remat_changes_neither_output_nor_gradient(params, assert_trees_close):
-    image = normal(1, 16, 16, 3)
+def test_remat_changes_neither_output_nor_gradient(initialise, assert_trees_close):
+    config = dataclasses.replace(CONFIG, block_out_channels=(16,))
+    image = normal(1, 4, 4, 3)
+    params = initialise(VAE(config), image)
 
     def value_and_gradient(remat):
-        loss = lambda p: jnp.square(VAE(CONFIG, remat=remat).apply({"params": p}, image)).mean()  # noqa: E731
+        loss = lambda p: jnp.square(VAE(config, remat=remat).apply({"params": p}, image)).mean()  # noqa: E731
         return jax.jit(jax.value_and_grad(loss))(params)
 
     assert_trees_close(value_and_gradient(True), value_and_gradient(False))
@@ -69,12 +81,13 @@ def test_log_variance_is_clipped_so_that_no_sample_overflows():
     np.testing.assert_array_equal(posterior.logvar, jnp.full((1, 2, 2, 4), 20.0))
 
 
-def test_latents_are_scaled_and_random_only_with_a_key():
-    posterior = Posterior(normal(1, 4, 4, 4), jnp.zeros((1, 4, 4, 4)))
-    mean = gaussian_latents(posterior, None, 0.5)
-    np.testing.assert_allclose(mean, 0.5 * posterior.mean)
-    one, two = (gaussian_latents(posterior, jax.random.key(seed), 0.5) for seed in (1, 2))
-    assert np.abs(one - two).max() > 0.1
+def test_pixels_survive_the_trip_through_an_image():
+    pixels = jnp.arange(256, dtype=jnp.uint8).repeat(3).reshape(1, 16, 16, 3)
+    image = to_image(pixels)
+    assert image.dtype == jnp.float32 and float(image.min()) == -1.0 and float(image.max()) == 1.0
+    np.testing.assert_array_equal(to_pixels(image), pixels)
+    beyond = to_pixels(2 * image)
+    assert int(beyond[0, 3, 15, 0]) == 0 and int(beyond[0, 12, 0, 0]) == 255
 
 
 def test_odd_sides_are_named():
@@ -111,13 +124,12 @@ def parity_errors(config, image, from_torch, relative_error):
     model = reference(config)
     to_torch = lambda x: torch.tensor(np.asarray(x).transpose(0, 3, 1, 2))  # noqa: E731
     to_numpy = lambda x: x.permute(0, 2, 3, 1).numpy()  # noqa: E731
-    params = from_torch(model)
+    params = from_torch("vae", model, config)
     with torch.no_grad():
         expected = model.encode(to_torch(image)).latent_dist
         mean, logvar = to_numpy(expected.mean), to_numpy(expected.logvar)
         decoded = to_numpy(model.decode(expected.mean).sample)
-    posterior = jax.jit(lambda p, x: apply_encode(VAE(config), p, x))(params, image)
-    ours = jax.jit(lambda p, z: apply_decode(VAE(config), p, z))(params, jnp.asarray(mean) * config.scaling_factor)
+    posterior, ours = encode(params, image, config), decode(params, jnp.asarray(mean), config)
     return (
         relative_error(posterior.mean, mean),
         relative_error(posterior.logvar, logvar),

@@ -1,0 +1,147 @@
+"""Data sets with random access, whatever they are made of: shapes world, folders of pictures, Hugging Face datasets.
+
+Every source has a length, and record i is {"pixels": uint8 [height, width, 3], "caption": str, "index": i}, decoded
+when it is asked for; where a picture has several captions, "captions" holds all of them. A broken picture raises
+BadImage at that moment and not before.
+"""
+
+import hashlib
+import pathlib
+from collections.abc import Iterator
+from logging import getLogger
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from sd_jax.data import DataError, fingerprints, folder, hub
+from sd_jax.data.shapes import ShapesWorld
+
+Config = ConfigDict | FrozenConfigDict
+
+_MOST_CAPTIONS = 100_000  # that a tokenizer is trained from
+
+logger = getLogger(__name__)
+
+
+@runtime_checkable
+class Source(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict: ...  # raises BadImage
+
+    def texts(self, index: int) -> tuple[str, ...]:
+        """All captions of a record, without decoding its picture; () where it has none."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes when the records may have."""
+        ...
+
+
+def open_source(config: Config) -> Source:
+    """Opens `config.data.path`.
+
+    "shapes" is shapes world. A folder of pictures has captions in `.txt` files of the same stem, or in metadata.jsonl,
+    .csv or .parquet files (`file_name`, and a column of captions). All else is for Hugging Face `datasets`: a folder
+    or file of parquet, arrow or json, what `save_to_disk` wrote, webdataset tars, or the name of a set on the hub.
+    `config.data.caption_key=""` reads no captions.
+    Raises FileNotFoundError or DataError, each naming the key and the mend.
+    """
+    data = config.data
+    name = str(data.path)
+    if not name:
+        raise DataError("data.path is empty: give a folder of pictures, a data set's name, or 'shapes'")
+    if name == "shapes":
+        return ShapesSource(config)
+    path = pathlib.Path(name).expanduser()
+    keys = (data.image_key, data.caption_key)
+    if path.is_dir() and (files := folder.pictures_in(path)):
+        return folder.FolderSource(path, files, *keys, at_least=2 * data.resolution)
+    return hub.open_dataset(name, *keys, at_least=2 * data.resolution)
+
+
+def captions(source: Source, most: int = _MOST_CAPTIONS) -> Iterator[str]:
+    """The captions of a source, without its pictures; of more than `most` records, that many, evenly spread."""
+    for index in np.linspace(0, len(source) - 1, min(len(source), most)).astype(np.int64):
+        yield from source.texts(int(index))
+
+
+class ShapesSource:
+    """Shapes world at the resolution of the config."""
+
+    def __init__(self, config: Config):
+        data = config.data
+        if data.num_examples < 1:
+            raise DataError(f"data.num_examples={data.num_examples}: shapes world needs at least one")
+        self.world = ShapesWorld(
+            resolution=data.resolution,
+            num_examples=data.num_examples,
+            seed=config.seed % 2**32,
+            split="train",
+            two_objects=float(data.two_objects),
+        )
+
+    def __len__(self) -> int:
+        return len(self.world)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.world[index]
+
+    def texts(self, index: int) -> tuple[str, ...]:
+        return (self.world[index]["caption"],)
+
+    def fingerprint(self) -> str:
+        return fingerprints.digest(repr(self.world), fingerprints.code_of("data/shapes.py", "data/shapes_drawing.py"))
+
+
+class Subset:
+    """Some records of a source, in a given order. A record's "index" stays its place in the whole."""
+
+    def __init__(self, source: Source, positions: np.ndarray):
+        self.source, self.positions = source, positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.source[int(self.positions[index])]
+
+    def texts(self, index: int) -> tuple[str, ...]:
+        return self.source.texts(int(self.positions[index]))
+
+    def fingerprint(self) -> str:
+        return fingerprints.digest(self.source.fingerprint(), hashlib.sha256(self.positions.tobytes()).hexdigest())
+
+
+def split_held_out(source: Source, held_out: float | int, seed: int) -> tuple[Subset, Subset]:
+    """(records to train on, records to judge by). `held_out` is a share below 1, or a number of records.
+
+    Who is held out hangs on a hash of seed and index alone: with a share, records added later move nobody across.
+    Raises DataError where nothing would be left to train on.
+    """
+    count = len(source)
+    if held_out < 0 or (held_out >= 1 and held_out != int(held_out)):
+        raise DataError(f"data.held_out={held_out}: give a share from 0 to 1, or a number of records")
+    hashes = _hash(np.arange(count, dtype=np.uint64), seed)
+    if held_out >= 1:
+        chosen = np.zeros(count, bool)
+        chosen[np.argsort(hashes, kind="stable")[: int(held_out)]] = True
+    else:
+        chosen = hashes < np.uint64(held_out * 2.0**64)
+        if held_out > 0 and chosen.all() | ~chosen.any():
+            chosen = (hashes == hashes.min()) & (count > 1)  # of a small set one at least, of one record none
+    if chosen.all():
+        raise DataError(f"data.held_out={held_out} leaves none of the {count} records to train on")
+    if chosen.any():
+        logger.info("%d records to train on, %d held out", count - chosen.sum(), chosen.sum())
+    return Subset(source, np.flatnonzero(~chosen)), Subset(source, np.flatnonzero(chosen))
+
+
+def _hash(values: np.ndarray, seed: int) -> np.ndarray:
+    """SplitMix64 (Steele et al. 2014), vectorised: uint64 -> uint64, a bijection that looks random."""
+    with np.errstate(over="ignore"):
+        z = values + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))

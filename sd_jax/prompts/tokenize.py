@@ -1,0 +1,311 @@
+"""CLIP's tokenizer: captions to token ids, from a folder, the hub, or trained here from captions.
+
+Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019) in CLIP's form: text is lower-cased and
+NFC-normalised, words end in `</w>`, sequences are `<|startoftext|> ... <|endoftext|>`. Ids 0-255 are the bytes, 256-511
+the bytes that end a word, then one id per merge, and the two marks come last.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import socket
+import tempfile
+import threading
+import urllib.parse
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from logging import getLogger
+
+import numpy as np
+from jaxtyping import Int32
+
+from sd_jax.models.presets import CLIPTextConfig
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+DEFAULT = "openai/clip-vit-large-patch14"  # the tokenizer of Stable Diffusion 1.x
+CONTEXT = 77  # tokens that CLIP reads; the length where a tokenizer does not say
+LEAST_VOCABULARY = 257  # every byte and something besides: less cannot spell every text
+
+_PROBE = "a photo of 2 red cats, and a dog's naïve 猫."  # no "!": where that pads, decoding drops it
+_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_MEND = "name a folder that holds vocab.json and merges.txt with --tokenizer=DIR (in a config: config.tokenizer)"
+_SHOWN = 5  # long captions that a training run is told of, word for word
+
+logger = getLogger(__name__)
+
+
+class Tokenizer:
+    """Texts -> ids. Safe to call from many threads at once."""
+
+    def __init__(self, tokenizer, source: str):
+        """`tokenizer` is transformers' CLIPTokenizer, `source` what errors call it. ValueError if it is degenerate."""
+        self.source = source
+        self._hf = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_padding()  # we pad and cut ourselves: these settings are shared state, not an argument
+        self._backend.no_truncation()
+        self.vocab_size: int = len(tokenizer)
+        self.bos_token_id: int = tokenizer.bos_token_id
+        self.eos_token_id: int = tokenizer.eos_token_id
+        self.pad_token_id: int = tokenizer.pad_token_id
+        own = tokenizer.model_max_length
+        self.max_length: int = int(own) if own < 1_000_000 else CONTEXT  # transformers says 1e30 for "unknown"
+        self._check_vocabulary()
+
+    def __call__(
+        self,
+        texts: Sequence[str],
+        max_length: int | None = None,  # ids per text, start and end included; None = the tokenizer's own (77)
+        on_long: Callable[[str, str], None] | None = None,  # (text, its dropped words); None = a Python warning
+    ) -> Int32[np.ndarray, "batch tokens"]:
+        """Ids of each text, padded and cut to `max_length`. What is cut away is shown."""
+        if isinstance(texts, str):
+            raise TypeError("a tokenizer takes a list of texts, not one text")
+        length = self.max_length if max_length is None else max_length
+        ids = np.full((len(texts), length), self.pad_token_id, np.int32)
+        for row, text in zip(ids, texts, strict=True):
+            encoding = self._backend.encode(text)
+            found = encoding.ids
+            if len(found) > length:
+                cut, words = length - 1, encoding.word_ids
+                while cut > 1 and words[cut] == words[cut - 1]:  # a word of which the end is lost is shown whole
+                    cut -= 1
+                (on_long or _warn)(text, text[encoding.offsets[cut][0] :].strip())
+                found = [*found[: length - 1], self.eos_token_id]
+            row[: len(found)] = found
+        return ids
+
+    def for_captions(self, max_length: int | None = None) -> "CaptionTokenizer":
+        """The same for training: tells of a few long captions in the log and counts the others."""
+        return CaptionTokenizer(self, max_length)
+
+    def check(self, config: CLIPTextConfig) -> None:
+        """Raises ValueError where an id has no row in the embedding of the text encoder `config`."""
+        highest = max(self._hf.get_vocab().values())
+        if highest >= config.vocab_size:
+            raise ValueError(
+                f"tokenizer {self.source} gives ids up to {highest}, but the text encoder has vocab_size="
+                f"{config.vocab_size}: they do not belong together; {_MEND}"
+            )
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes the four files that SD 1.x checkpoints have: vocab.json, merges.txt and two of settings.
+
+        transformers of version 4 and 5, and so diffusers, read them and give the same ids.
+        """
+        model = json.loads(self._backend.to_str())["model"]
+        added = {token: i for token, i in self._hf.get_added_vocab().items() if token not in model["vocab"]}
+        marks = {name: getattr(self._hf, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        _write(pathlib.Path(folder), model["vocab"], merges, self.max_length, marks, added)
+
+    def _check_vocabulary(self) -> None:
+        """transformers opens a folder without vocabulary as a tokenizer of two tokens, silently; so look."""
+        if self.vocab_size < LEAST_VOCABULARY:
+            raise ValueError(f"tokenizer {self.source} has a vocabulary of only {self.vocab_size} tokens: {_MEND}")
+        ids = self._backend.encode(_PROBE).ids
+        if ids[0] != self.bos_token_id or ids[-1] != self.eos_token_id:
+            raise ValueError(f"tokenizer {self.source} does not frame text in {START} and {END}: {_MEND}")
+        again = self._backend.decode(ids[1:-1])
+        if "".join(again.split()) != "".join(_PROBE.lower().split()):
+            raise ValueError(f"tokenizer {self.source} turns {_PROBE!r} into {again!r}: {_MEND}")
+
+
+class CaptionTokenizer:
+    """A Tokenizer for data loaders: long captions are counted (`num_long`), and the first few shown in the log."""
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int | None):
+        self._tokenizer, self._max_length = tokenizer, max_length
+        self._lock = threading.Lock()
+        self.num_long = 0
+
+    def __call__(self, texts: Sequence[str]) -> Int32[np.ndarray, "batch tokens"]:
+        return self._tokenizer(texts, self._max_length, on_long=self._count)
+
+    def _count(self, text: str, dropped: str) -> None:
+        with self._lock:
+            self.num_long += 1
+            number = self.num_long
+        if number <= _SHOWN:
+            more = "; others are cut without being shown" if number == _SHOWN else ""
+            logger.warning("caption too long, dropped %r of %r%s", dropped, text, more)
+
+
+def _warn(text: str, dropped: str) -> None:
+    warnings.warn(f"prompt too long, dropped: {dropped!r}", UserWarning, stacklevel=3)
+
+
+# -- Opening ---------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(path: str | pathlib.Path | None = None) -> Tokenizer:
+    """Opens a folder (vocab.json and merges.txt, or tokenizer.json; or a diffusers folder around it) or a hub name.
+
+    None = SD 1.x's own, `openai/clip-vit-large-patch14`, from the hub's cache on this machine or from the hub.
+    Raises FileNotFoundError where there is none, ValueError where the vocabulary is degenerate; both name the mend.
+    """
+    name = str(path or DEFAULT)
+    local = pathlib.Path(name)
+    if local.is_dir():
+        folder = _vocabulary_folder(local)
+        if folder is None:
+            raise FileNotFoundError(f"{name} holds no tokenizer (vocab.json and merges.txt): {_MEND}")
+    elif local.exists() or isinstance(path, pathlib.Path) or not _may_be_hub_name(name):
+        raise FileNotFoundError(f"tokenizer {name} is not a folder: {_MEND}")
+    else:
+        folder = _from_hub(name)
+    try:
+        tokenizer = _clip_tokenizer().from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"tokenizer {name} cannot be read ({error}): {_MEND}") from error
+    return Tokenizer(tokenizer, name)
+
+
+def _clip_tokenizer():
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it misses torch aloud
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer
+
+
+def _vocabulary_folder(folder: pathlib.Path) -> pathlib.Path | None:
+    for place in (folder, folder / "tokenizer"):
+        if (place / "tokenizer.json").is_file():
+            return place
+        if (place / "vocab.json").is_file() and (place / "merges.txt").is_file():
+            return place
+    return None
+
+
+def _may_be_hub_name(name: str) -> bool:
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+
+
+def _from_hub(name: str) -> pathlib.Path:
+    """The folder of the hub's cache that holds the tokenizer `name`, after a download where it is not there yet."""
+    from huggingface_hub import snapshot_download
+
+    patterns = [pattern for file in _FILES for pattern in (file, f"tokenizer/{file}")]
+    reason = ""
+    for offline in (True, False):
+        try:
+            if not offline:
+                _check_hub_answers()
+            folder = snapshot_download(name, allow_patterns=patterns, local_files_only=offline)
+        except Exception as error:  # noqa: BLE001  of many kinds, from httpx, the hub and its cache
+            reason = str(error).strip().split("\n")[0]
+            continue
+        found = _vocabulary_folder(pathlib.Path(folder))
+        if found is not None:
+            return found
+        reason = "it holds no vocab.json and merges.txt"
+    raise FileNotFoundError(
+        f"tokenizer {name} is neither a folder nor in the hub's cache on this machine, and the hub gave none "
+        f"({reason}): {_MEND}"
+    )
+
+
+def _check_hub_answers() -> None:
+    """Raises OSError at once on a machine without network, where the hub's client would retry for minutes."""
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        raise OSError("HF_HUB_OFFLINE is set")
+    if not urllib.request.getproxies():
+        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
+
+
+# -- Training --------------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(captions: Iterable[str], folder: str | pathlib.Path, vocab_size: int) -> Tokenizer:
+    """Learns merges from `captions` and writes the tokenizer into `folder`; the same captions give the same files.
+
+    The vocabulary has `vocab_size` tokens, or fewer where the captions have no more pairs that occur twice.
+    Raises ValueError for a `vocab_size` too small to spell every text (514).
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers, trainers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # CLIP's order: bytes that print as themselves, the others
+    alphabet = letters + [letter + "</w>" for letter in letters]
+    least = len(alphabet) + 2
+    if vocab_size < least:
+        raise ValueError(f"text_encoder.vocab_size={vocab_size} is too small: CLIP's alphabet alone takes {least}")
+    like = _clip_tokenizer()().backend_tokenizer
+    backend = Backend(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
+    backend.normalizer, backend.pre_tokenizer = like.normalizer, like.pre_tokenizer
+    # Passed as special tokens, the alphabet has fixed ids, which break ties; else these hang on a hash map's order
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,
+        min_frequency=2,
+        special_tokens=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    backend.train_from_iterator(captions, trainer=trainer)
+    vocabulary = {token: i for i, token in enumerate(alphabet)}
+    merges = []
+    for left, right in json.loads(backend.to_str())["model"]["merges"]:
+        if len(vocabulary) == vocab_size - 2:
+            break
+        vocabulary.setdefault(left + right, len(vocabulary))
+        merges.append((left, right))
+    for mark in (START, END):
+        vocabulary[mark] = len(vocabulary)
+    marks = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
+    _write(pathlib.Path(folder), vocabulary, merges, CONTEXT, marks, {})
+    return load_tokenizer(pathlib.Path(folder))
+
+
+def _write(
+    folder: pathlib.Path,
+    vocabulary: dict[str, int],
+    merges: Sequence[Sequence[str]],
+    max_length: int,
+    marks: dict[str, str],
+    added: dict[str, int],
+) -> None:
+    """Writes aside, then renames, so that a crash leaves no half tokenizer."""
+    config = {
+        "add_prefix_space": False,
+        **marks,
+        "do_lower_case": True,
+        "errors": "replace",
+        "model_max_length": max_length,
+        "tokenizer_class": "CLIPTokenizer",
+    }
+    ordered = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
+    files = {
+        "vocab.json": json.dumps(ordered, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges), ""]),
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        "special_tokens_map.json": json.dumps(marks, indent=2) + "\n",
+    }
+    if added:
+        files["added_tokens.json"] = json.dumps(added, indent=2, ensure_ascii=False) + "\n"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        aside.chmod(0o755)
+        for name, text in files.items():
+            (aside / name).write_text(text, encoding="utf-8")
+        if not folder.exists():
+            aside.rename(folder)
+            return
+        for name in _FILES:
+            if name in files:
+                (aside / name).replace(folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)  # an older tokenizer's
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

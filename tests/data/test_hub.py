@@ -1,0 +1,158 @@
+import io
+import json
+import tarfile
+
+import pytest
+
+from sd_jax.data import DataError
+from sd_jax.data.sources import open_source
+from sd_jax.media import BadImage
+
+from .conftest import jpeg, number_of
+
+pytestmark = pytest.mark.usefixtures("quiet")
+
+
+@pytest.fixture
+def quiet():
+    import datasets
+
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def opened(config, path, **keys):
+    config.data.path = str(path)
+    for name, value in keys.items():
+        config.data[name] = value
+    return open_source(config)
+
+
+def hub_images(numbers, texts):
+    """A datasets.Dataset with an Image column; the third picture is broken."""
+    import datasets
+
+    data = [b"words" if n == 2 else jpeg(n) for n in numbers]
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    return datasets.Dataset.from_dict(
+        {"image": [{"bytes": d, "path": None} for d in data], "text": texts}, features=features
+    )
+
+
+def write_tar(path, numbers, **others):
+    with tarfile.open(path, "w") as tar:
+        for n in numbers:
+            files = {"jpg": b"words" if n == 2 else jpeg(n), **{ext: make(n) for ext, make in others.items()}}
+            for ext, data in files.items():
+                info = tarfile.TarInfo(f"{n:05d}.{ext}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def check(source, texts):
+    """Pictures 0, 1, 3 decode, picture 2 is broken when it is read."""
+    assert [source.texts(i) for i in range(len(source))] == texts
+    for i in (0, 1, 3):
+        record = source[i]
+        assert number_of(record) == i and record["index"] == i
+        assert record["caption"] == (texts[i][0] if texts[i] else "")
+    with pytest.raises(BadImage, match=r"record 2.*: not a picture"):
+        source[2]
+
+
+def test_parquet_with_an_image_column(config, tmp_path, caplog):
+    dataset = hub_images(range(4), ["a", None, "c", " "])
+    (tmp_path / "data").mkdir()
+    dataset.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    (tmp_path / "preview.jpg").write_bytes(jpeg(9))  # decoration
+    check(opened(config, tmp_path), [("a",), (), ("c",), ()])
+    assert "2 of 4 records" in caplog.text
+    check(opened(config, tmp_path / "data" / "train-00000-of-00001.parquet"), [("a",), (), ("c",), ()])
+    check(opened(config, f"{tmp_path}/data/*.parquet", caption_key=""), [(), (), (), ()])
+
+
+def test_parquet_with_plain_bytes_and_lists_of_captions(config, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"picture": [jpeg(0), None], "captions": [["x", "y"], []], "size": [1, 2]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    source = opened(config, tmp_path, image_key="picture")
+    assert number_of(source[0]) == 0 and source[0]["captions"] == ("x", "y") and source.texts(1) == ()
+    with pytest.raises(BadImage, match="record 1: column picture is empty"):
+        source[1]
+    with pytest.raises(BadImage, match="record 0: column size holds int"):
+        opened(config, tmp_path, image_key="size")[0]
+
+
+def test_what_save_to_disk_wrote(config, tmp_path):
+    import datasets
+
+    dataset = hub_images(range(4), list("abcd"))
+    dataset.save_to_disk(tmp_path / "one")
+    check(opened(config, tmp_path / "one"), [("a",), ("b",), ("c",), ("d",)])
+    datasets.DatasetDict({"train": dataset, "test": dataset}).save_to_disk(tmp_path / "splits")
+    check(opened(config, tmp_path / "splits"), [("a",), ("b",), ("c",), ("d",)])
+    datasets.DatasetDict({"x": dataset, "y": dataset}).save_to_disk(tmp_path / "odd")
+    with pytest.raises(DataError, match="no split 'train', only x, y"):
+        opened(config, tmp_path / "odd")
+
+
+def test_webdataset_tars(config, tmp_path, caplog):
+    text, about = (lambda n: f"picture {n}".encode()), (lambda n: json.dumps({"caption": f"json {n}"}).encode())
+    write_tar(tmp_path / "00000.tar", (0, 1), txt=text, json=about)
+    write_tar(tmp_path / "00001.tar", (2, 3), txt=text, json=about)
+    check(opened(config, tmp_path), [(f"picture {i}",) for i in range(4)])
+    source = opened(config, f"{tmp_path}/*.tar", caption_key="json.caption")
+    check(source, [(f"json {i}",) for i in range(4)])
+    with pytest.raises(BadImage, match="00002.jpg"):
+        source[2]
+    assert len(opened(config, tmp_path / "00001.tar", caption_key="text")) == 2
+
+
+def test_jsonl_with_file_names(config, photos):
+    rows = [{"image": f"{n:02d}.jpg", "caption": f"number {n}"} for n in range(3)] + [{"image": None, "caption": "x"}]
+    (photos / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = opened(config, photos / "list.jsonl")
+    assert [number_of(source[n]) for n in range(3)] == [0, 1, 2] and source[1]["caption"] == "number 1"
+
+
+def test_missing_columns_are_listed(config, tmp_path):
+    hub_images(range(4), list("abcd")).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"data.image_key='photo': .* it has image, text"):
+        opened(config, tmp_path, image_key="photo")
+    with pytest.raises(DataError, match=r"data.caption_key='titel': .* it has image, text"):
+        opened(config, tmp_path, image_key="image", caption_key="titel")
+
+
+def test_fingerprint_follows_the_files(config, tmp_path):
+    dataset = hub_images(range(4), list("abcd"))
+    dataset.save_to_disk(tmp_path / "a")
+    hub_images(range(3), list("abc")).save_to_disk(tmp_path / "b")
+    prints = [opened(config, tmp_path / name).fingerprint() for name in "aab"]
+    assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "nowhere.parquet", "here/no/where", "*.tar"])
+def test_missing_paths(config, name):
+    with pytest.raises(FileNotFoundError, match=r"data.path='.*' does not exist: give a folder"):
+        opened(config, name)
+
+
+def test_unknown_names_on_the_hub(config):
+    with pytest.raises(FileNotFoundError, match=r"data.path='someone/pictures' is neither here nor .*: give a folder"):
+        opened(config, "someone/pictures")
+
+
+def test_folders_and_files_of_nothing(config, tmp_path):
+    with pytest.raises(DataError, match="holds neither pictures nor parquet"):
+        opened(config, tmp_path)
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    with pytest.raises(DataError, match="is no data set: give a folder"):
+        opened(config, tmp_path / "a.zip")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 is how it starts")
+    with pytest.raises(DataError, match="cannot be read as a data set"):
+        opened(config, tmp_path)
+    with pytest.raises(DataError, match="data.path is empty"):
+        opened(config, "")

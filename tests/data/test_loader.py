@@ -1,0 +1,318 @@
+import itertools
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from sd_jax.data import DataError
+from sd_jax.data.loader import BadFiles, fixed_batches, make_loader, prefetch
+from sd_jax.data.sources import open_source, split_held_out
+from sd_jax.media import BadImage
+
+from .conftest import jpeg
+
+
+def tokenize(captions):
+    """Each caption's letters, eight at most."""
+    ids = np.zeros((len(captions), 8), np.int32)
+    for row, caption in zip(ids, captions, strict=True):
+        row[: len(caption)] = [ord(letter) for letter in caption[:8]]
+    return ids
+
+
+def take(loader, count):
+    batches = [next(loader) for _ in range(count)]
+    loader.close()
+    return batches
+
+
+def same(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for name in x:
+            np.testing.assert_array_equal(x[name], y[name], strict=True)
+
+
+def indices(batches):
+    return np.concatenate([batch["index"] for batch in batches])
+
+
+@pytest.fixture
+def broken_photos(photos):
+    """Three of twelve pictures are broken."""
+    (photos / "02.jpg").write_bytes(b"")
+    (photos / "07.jpg").write_bytes(b"these are words")
+    (photos / "11.jpg").write_bytes(jpeg(11)[:200])
+    return photos
+
+
+# -- Batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_in_a_batch(config, photos):
+    config.data.path = str(photos)
+    (batch,) = take(make_loader(open_source(config), tokenize, config), 1)
+    assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
+        "pixels": ((4, 16, 16, 3), np.uint8),
+        "input_ids": ((4, 8), np.int32),
+        "index": ((4,), np.int64),
+    }
+    np.testing.assert_array_equal(np.round(batch["pixels"].mean((1, 2, 3)) / 10), batch["index"])
+    np.testing.assert_array_equal(batch["input_ids"], tokenize([f"picture {i}" for i in batch["index"]]))
+
+
+def test_without_a_tokenizer_there_are_no_ids(config):
+    (batch,) = take(make_loader(open_source(config), None, config), 1)
+    assert set(batch) == {"pixels", "index"}
+
+
+def test_every_epoch_is_a_new_shuffle_of_everything(config):
+    config.data.num_examples = 12
+    epochs = indices(take(make_loader(open_source(config), None, config), 9)).reshape(3, 12)
+    assert [sorted(epoch) for epoch in epochs] == [list(range(12))] * 3
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    config.seed = 1
+    other = indices(take(make_loader(open_source(config), None, config), 3))
+    assert tuple(other) != tuple(epochs[0])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_fewer_records_than_a_batch(config, count):
+    config.data.num_examples = count
+    batches = take(make_loader(open_source(config), tokenize, config), 3)
+    assert np.bincount(indices(batches)).tolist() == [12 // count] * count
+
+
+def test_workers_change_nothing(config, broken_photos):
+    config.data.path = str(broken_photos)
+    config.data.random_flip = True
+    alone = take(make_loader(open_source(config), tokenize, config), 10)
+    for config.data.num_workers in (1, 3):
+        same(take(make_loader(open_source(config), tokenize, config), 10), alone)
+
+
+def test_processes_share_the_global_batch(config):
+    config.data.num_examples = 7
+    whole = take(make_loader(open_source(config), tokenize, config), 6)
+    parts = [take(make_loader(open_source(config), tokenize, config, i, 2), 6) for i in range(2)]
+    joined = [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*parts, strict=True)]
+    same(joined, whole)
+    with pytest.raises(ValueError, match="batch_size=4 does not divide into 3"):
+        make_loader(open_source(config), tokenize, config, 0, 3)
+
+
+def test_crops_and_flips_differ_between_epochs(config, tmp_path):
+    rows = np.arange(64, dtype=np.uint8)
+    from PIL import Image
+
+    Image.fromarray(np.broadcast_to(rows[None, :, None], (16, 64, 3)).copy()).save(tmp_path / "a.png")
+    config.data.path = str(tmp_path)
+    config.data.random_flip = True
+    config.batch_size = 1
+    batches = take(make_loader(open_source(config), None, config), 40)
+    assert len({int(batch["pixels"].min()) for batch in batches}) > 10
+    falling = [batch["pixels"][0, 0, 0, 0] > batch["pixels"][0, 0, -1, 0] for batch in batches]
+    assert 8 < sum(falling) < 32
+    config.data.random_flip = False
+    assert all(
+        b["pixels"][0, 0, 0, 0] == b["pixels"].min() for b in take(make_loader(open_source(config), None, config), 9)
+    )
+
+
+def test_one_of_several_captions_is_drawn(config, photos):
+    rows = [json.dumps({"file_name": "01.jpg", "text": ["a", "b", "c"]})]
+    (photos / "metadata.jsonl").write_text("\n".join(rows))
+    config.data.path = str(photos)
+    ids = np.concatenate([b["input_ids"] for b in take(make_loader(open_source(config), tokenize, config), 10)])
+    assert set(ids[:, 0]) == set(map(ord, "abc"))
+    assert next(fixed_batches(open_source(config), tokenize, config))["input_ids"][0, 0] == ord("a")
+
+
+# -- Resume ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("done", [1, 3, 8])
+def test_resume_is_exact(config, broken_photos, workers, done):
+    config.data.path = str(broken_photos)
+    config.data.random_flip = True
+    config.data.num_workers = workers
+    whole = take(make_loader(open_source(config), tokenize, config), 12)
+    loader = make_loader(open_source(config), tokenize, config)
+    first = [next(loader) for _ in range(done)]
+    state = json.loads(json.dumps(loader.get_state()))  # as a checkpoint keeps it
+    loader.close()
+    rest = take(make_loader(open_source(config), tokenize, config, start_state=state), 12 - done)
+    same(first + rest, whole)
+
+
+def test_the_state_can_be_set_back(config):
+    loader = make_loader(open_source(config), tokenize, config)
+    start = loader.get_state()
+    first = [next(loader) for _ in range(3)]
+    loader.set_state(start)
+    same(take(loader, 3), first)
+
+
+def test_changed_data_are_told_of(config, caplog):
+    loader = make_loader(open_source(config), None, config)
+    next(loader)
+    state = loader.get_state()
+    loader.close()
+    config.data.num_examples = 11
+    make_loader(open_source(config), None, config, start_state=state).close()
+    assert "had 10 records when the run was saved and have 11 now" in caplog.text
+
+
+def test_another_number_of_processes_goes_on_at_the_same_batch(config):
+    whole = take(make_loader(open_source(config), None, config), 5)
+    loader = make_loader(open_source(config), None, config, 0, 2)
+    for _ in range(3):
+        next(loader)
+    state = loader.get_state()
+    loader.close()
+    same(take(make_loader(open_source(config), None, config, start_state=state), 2), whole[3:])
+
+
+# -- Bad files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_files_are_left_out_counted_and_named_once(config, broken_photos, caplog, workers):
+    config.data.path = str(broken_photos)
+    config.data.num_workers = workers
+    loader = make_loader(open_source(config), tokenize, config)
+    batches = take(loader, 18)
+    counts = np.bincount(indices(batches), minlength=12)
+    assert (counts == [8, 8, 0, 8, 8, 8, 8, 0, 8, 8, 8, 0]).all()
+    reasons = {name[-6:]: reason for name, reason in loader.bad_files.names.items()}
+    assert sorted(reasons) == ["02.jpg", "07.jpg", "11.jpg"] and "runcated" in reasons["11.jpg"]
+    assert reasons["02.jpg"] == "the file is empty" and reasons["07.jpg"] == "not a picture in a known format"
+    assert len(caplog.records) == 3 and all("left out" in record.message for record in caplog.records)
+    assert "3 bad files" in str(loader.bad_files) and "07.jpg: not a picture" in str(loader.bad_files)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("bad", "said"), [(12, "not one of 12 pictures"), (8, "of the first .* pictures could not be read")]
+)
+def test_a_run_of_mostly_bad_files_ends(config, photos, bad, said, workers):
+    for i in range(bad):
+        (photos / f"{i:02d}.jpg").write_bytes(b"words")
+    config.data.path, config.data.num_workers = str(photos), workers
+    loader = make_loader(open_source(config), tokenize, config)
+    with pytest.raises(DataError, match=rf"{said}.*\.jpg: not a picture.*data.path") as caught:
+        for _ in range(100):
+            next(loader)
+    assert "\n" not in str(caught.value)
+    loader.close()
+
+
+def test_a_single_good_file_is_enough_at_first(config, photos):
+    for i in range(1, 12):
+        (photos / f"{i:02d}.jpg").write_bytes(b"words")
+    config.data.path = str(photos)
+    (batch,) = take(make_loader(open_source(config), tokenize, config), 1)
+    assert (batch["index"] == 0).all()
+
+
+def test_counting_from_many_threads():
+    counter = BadFiles(10**6)
+
+    def count(thread):
+        for i in range(200):
+            counter.good()
+            counter.good()
+            counter.bad(BadImage(f"{thread} {i % 10}", "broken"))
+
+    threads = [threading.Thread(target=count, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(counter.names) == 80
+
+
+def test_no_records_are_an_error(config):
+    with pytest.raises(DataError, match="holds no records"):
+        make_loader(split_held_out(open_source(config), 0.0, 0)[1], None, config)
+
+
+# -- Held out --------------------------------------------------------------------------------------------------------
+
+
+def test_fixed_batches_are_in_order_and_in_the_middle(config, broken_photos):
+    config.data.path = str(broken_photos)
+    batches = list(fixed_batches(open_source(config), tokenize, config))
+    assert [batch["index"].tolist() for batch in batches] == [[0, 1, 3, 4], [5, 6, 8, 9]]
+    same(list(fixed_batches(open_source(config), tokenize, config)), batches)
+    config.eval_batches = 3
+    assert [len(b["index"]) for b in fixed_batches(open_source(config), tokenize, config)] == [4, 4, 1]
+    config.batch_size = 32
+    (only,) = fixed_batches(open_source(config), None, config)
+    assert len(only["index"]) == 9 and "input_ids" not in only
+    config.eval_batches = 0
+    assert list(fixed_batches(open_source(config), tokenize, config)) == []
+
+
+def test_all_processes_get_as_many_fixed_batches(config, broken_photos):
+    config.data.path = str(broken_photos)
+    parts = [list(fixed_batches(open_source(config), None, config, i, 2)) for i in range(2)]
+    assert [[len(b["index"]) for b in part] for part in parts] == [[2, 2], [2, 2]]
+    assert not set(indices(parts[0])) & set(indices(parts[1]))
+    config.batch_size = 32
+    parts = [list(fixed_batches(open_source(config), None, config, i, 2)) for i in range(2)]
+    assert [[len(b["index"]) for b in part] for part in parts] == [[16], [16]]
+
+
+def test_nothing_is_held_out(config):
+    _, held_out = split_held_out(open_source(config), 0.0, 0)
+    assert list(fixed_batches(held_out, tokenize, config)) == []
+
+
+# -- Prefetch --------------------------------------------------------------------------------------------------------
+
+
+class Counter:
+    """Batches 0, 1, ..., 4, whose state is the number of the next."""
+
+    def __init__(self):
+        self.at = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.at == 5:
+            raise StopIteration
+        self.at += 1
+        return {"n": np.asarray(self.at - 1)}
+
+    def get_state(self):
+        return self.at
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 9])
+def test_states_belong_to_the_batch_that_is_used(size):
+    source = Counter()
+    got = list(prefetch(source, lambda batch: int(batch["n"]), size))
+    assert got == [(n, n + 1) for n in range(5)]
+
+
+def test_prefetch_runs_ahead():
+    source = Counter()
+    stream = prefetch(source, lambda batch: batch, 3)
+    assert source.at == 0
+    next(stream)
+    assert source.at == 3
+
+
+def test_a_prefetched_run_resumes_exactly(config):
+    whole = take(make_loader(open_source(config), tokenize, config), 8)
+    loader = make_loader(open_source(config), tokenize, config)
+    used = list(itertools.islice(prefetch(loader, lambda batch: batch), 3))
+    loader.close()
+    rest = take(make_loader(open_source(config), tokenize, config, start_state=used[-1][1]), 5)
+    same([batch for batch, _ in used] + rest, whole)

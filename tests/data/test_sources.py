@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+
+from sd_jax.data import DataError, sources
+from sd_jax.data.sources import Source, open_source, split_held_out
+
+
+class Numbers:
+    """A source of `count` records without pictures."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return {"pixels": np.zeros((4, 4, 3), np.uint8), "caption": f"{index}", "index": index}
+
+    def texts(self, index):
+        return (f"{index}",)
+
+    def fingerprint(self):
+        return f"numbers {self.count}"
+
+
+def positions(subset):
+    return {subset[i]["index"] for i in range(len(subset))}
+
+
+def test_shapes_world(config):
+    config.data.num_examples, config.data.resolution, config.data.two_objects = 7, 24, 1.0
+    source = open_source(config)
+    assert isinstance(source, Source) and len(source) == 7
+    record = source[3]
+    assert record["pixels"].shape == (24, 24, 3) and record["index"] == 3
+    assert source.texts(3) == (record["caption"],)
+    assert len(source.world.scene(0).things) == 2
+    first = source.fingerprint()
+    for key, value in (("num_examples", 8), ("resolution", 25), ("two_objects", 0.5)):
+        config.data[key] = value
+        assert open_source(config).fingerprint() != first
+    config.seed = -1  # any whole number is a seed
+    assert open_source(config)[0]["pixels"].shape == (25, 25, 3)
+    config.data.num_examples = 0
+    with pytest.raises(DataError, match="data.num_examples=0"):
+        open_source(config)
+
+
+def test_captions_of_a_large_source_are_sampled_evenly():
+    assert list(sources.captions(Numbers(5))) == list("01234")
+    assert list(sources.captions(Numbers(1001), most=5)) == ["0", "250", "500", "750", "1000"]
+    assert list(sources.captions(Numbers(0))) == []
+
+
+@pytest.mark.parametrize(("held_out", "least", "most"), [(0.1, 70, 130), (0.5, 440, 560), (25, 25, 25), (1.0, 1, 1)])
+def test_held_out_records(held_out, least, most):
+    train, held = split_held_out(Numbers(1000), held_out, seed=0)
+    assert least <= len(held) <= most
+    assert positions(train) | positions(held) == set(range(1000)) and not positions(train) & positions(held)
+    assert train.texts(0) == (str(train[0]["index"]),)
+
+
+def test_who_is_held_out_hangs_on_seed_and_index():
+    of = lambda count, seed: positions(split_held_out(Numbers(count), 0.1, seed)[1])  # noqa: E731
+    assert of(1000, 0) == of(1000, 0) != of(1000, 1)
+    assert of(1000, 0) == {i for i in of(2000, 0) if i < 1000}  # more data move nobody across
+    overlap = len(of(1000, 0) & of(1000, 1))
+    assert overlap < 30  # neighbouring seeds are independent
+
+
+def test_small_and_empty_shares():
+    train, held = split_held_out(Numbers(3), 0.05, seed=0)
+    assert (len(train), len(held)) == (2, 1)
+    train, held = split_held_out(Numbers(3), 0.0, seed=0)
+    assert (len(train), len(held)) == (3, 0)
+    for seed in range(5):
+        train, held = split_held_out(Numbers(1), 0.5, seed)
+        assert (len(train), len(held)) == (1, 0)
+
+
+@pytest.mark.parametrize("held_out", [-0.1, 1.5, 3, 4])
+def test_impossible_shares(held_out):
+    with pytest.raises(DataError, match="data.held_out="):
+        split_held_out(Numbers(3), held_out, seed=0)
+
+
+def test_fingerprints_of_subsets():
+    train, held = split_held_out(Numbers(100), 0.1, seed=0)
+    again, _ = split_held_out(Numbers(100), 0.1, seed=0)
+    other, _ = split_held_out(Numbers(100), 0.1, seed=1)
+    assert train.fingerprint() == again.fingerprint()
+    assert len({train.fingerprint(), held.fingerprint(), other.fingerprint()}) == 3

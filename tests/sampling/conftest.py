@@ -1,0 +1,31 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sd_jax.models.networks import Networks
+from sd_jax.models.presets import TINY_SHAPES
+from sd_jax.prompts.tokenize import train_tokenizer
+from sd_jax.sampling.pipeline import Pipeline
+
+
+def random_params(spec, seed=0):
+    """Every parameter random: fresh networks end in zeros, which would hide what conditions them."""
+    networks, params = Networks.of(spec), {}
+    for i, part in enumerate(("unet", "vae", "text_encoder")):
+        shapes = jax.eval_shape(lambda key, part=part: networks.init(part, key), jax.random.key(0))
+        leaves, tree = jax.tree.flatten(shapes)
+        keys = jax.random.split(jax.random.key(seed + i), len(leaves))
+        drawn = [0.1 * jax.random.normal(key, leaf.shape, jnp.float32) for key, leaf in zip(keys, leaves, strict=True)]
+        params[part] = jax.tree.unflatten(tree, drawn)
+    return params
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    captions = ["a red circle above a blue square", "a small green star on the left"] * 4
+    return train_tokenizer(captions, tmp_path_factory.mktemp("tokenizer") / "tokenizer", 560)
+
+
+@pytest.fixture(scope="session")
+def pipe(tokenizer):
+    return Pipeline(TINY_SHAPES, random_params(TINY_SHAPES), tokenizer)

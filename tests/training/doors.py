@@ -1,0 +1,35 @@
+"""Runs train.py and sample.py as a user does, in processes of their own."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = "configs/demo.py:runlocal"  # the tiny autoencoder of shapes world
+
+
+def command(door: str, *flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / door), *flags]
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT)}
+
+
+def run(door: str, *flags: str, devices: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command(door, *flags), env=environment(devices), cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    if check and done.returncode:
+        raise AssertionError(f"{door} {' '.join(flags)} failed:\n{done.stderr[-3000:]}")
+    return done
+
+
+def losses(workdir: pathlib.Path) -> dict[int, float]:
+    """{step: loss} of a run; fails where a step was written twice."""
+    from sd_jax.training.metrics import read_rows
+
+    rows = read_rows(workdir)
+    assert len({row["step"] for row in rows}) == len(rows)
+    return {row["step"]: row["loss"] for row in rows}
