@@ -2,6 +2,13 @@
 
 from benchmarks import timing
 
+TORCH_CONFIG = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
 DEFAULTS = {"batch": 2}
 
 
@@ -32,10 +39,7 @@ def build_torch(options) -> timing.Program:
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    config = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
-    )
-    model = timing.place_torch(CLIPTextModel(config), options)
+    model = timing.place_torch(CLIPTextModel(CLIPTextConfig(**TORCH_CONFIG)), options)
     ids = torch.full((options.batch, 77), 49407, device=timing.torch_device(options))
 
     @torch.no_grad()

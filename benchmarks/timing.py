@@ -2,6 +2,8 @@
 
 Why processes: in one process the thread pools of torch and XLA spin against each other and their memory adds up.
 Why turns: the speed of a shared machine drifts by a tenth within minutes; the ratio of two neighbours hardly does.
+Where other programs run beside it, the wall clock says little (torch's threads wait for each other and suffer most):
+there `--cores=1` and the ratio of processor time are what to read.
 
 A benchmark is a module with `DEFAULTS` (its flags), `describe(options)`, `build_sd_jax(options)` and
 `build_torch(options)`; both build a `Program`. `main(module)` is its command line.
@@ -38,7 +40,7 @@ class Program:
 def main(module_name: str, arguments: list[str] | None = None) -> dict:
     """Runs every side of a benchmark in turns, prints the comparison and returns it."""
     module = importlib.import_module(module_name)
-    options = _parse(module, arguments)
+    options = parse(module_name, arguments)
     if options.side:
         _work(module, options)
         return {}
@@ -46,21 +48,31 @@ def main(module_name: str, arguments: list[str] | None = None) -> dict:
     workers = []
     try:
         for side in sides:  # one after the other: building and compiling must not disturb a neighbour
-            workers.append(_Worker(module_name, side, options))
+            workers.append(Worker(module_name, side, options))
         rounds = [[worker.time_once() for worker in workers] for _ in range(options.rounds)]
-        seconds = {side: [times[i] for times in rounds] for i, side in enumerate(sides)}
+        seconds = {side: [times[i][0] for times in rounds] for i, side in enumerate(sides)}
+        processor = {side: [times[i][1] for times in rounds] for i, side in enumerate(sides)}
         facts = {side: worker.facts() for side, worker in zip(sides, workers, strict=True)}
     finally:
         for worker in workers:
             worker.stop()
-    result = {"benchmark": module_name.rsplit(".")[-1], "what": module.describe(options), "seconds": seconds, "facts": facts}
+    result = {
+        "benchmark": module_name.rsplit(".")[-1],
+        "what": module.describe(options),
+        "seconds": seconds,
+        "processor": processor,
+        "facts": facts,
+    }
     _report(result)
     return result
 
 
-def _parse(module, arguments):
+def parse(module_name: str, arguments: list[str] | None = None):
+    """The options of a benchmark."""
+    module = importlib.import_module(module_name)
     parser = argparse.ArgumentParser(description=module.__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="how often each side runs")
+    parser.add_argument("--cores", type=int, default=0, help="use this many processor cores; 0 = all")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--sides", default="sd_jax,torch", help=f"some of {','.join(SIDES)}; ratios are to the others")
@@ -87,17 +99,24 @@ def _report(result: dict) -> None:
             line += f"  {fact['samples'] / middle:.4g} samples/s"
         print(line + f"  memory {fact['memory_gb']:.2f} GB, ready in {fact['ready_seconds']:.0f} s")
     for side in others:
-        pairs = sorted(a / b for a, b in zip(seconds[ours], seconds[side], strict=True))
-        print(f"  {ours} / {side}: {statistics.median(pairs):.2f}  (least {pairs[0]:.2f}, most {pairs[-1]:.2f})", flush=True)
+        for what in ("seconds", "processor"):
+            pairs = sorted(a / b for a, b in zip(result[what][ours], result[what][side], strict=True))
+            spread = f"(least {pairs[0]:.2f}, most {pairs[-1]:.2f})"
+            name = "wall clock" if what == "seconds" else "processor time"
+            print(f"  {ours} / {side}: {statistics.median(pairs):.2f} {spread} of {name}", flush=True)
 
 
-# The worker: a process that holds one side and runs it when told
+# The worker, seen from outside and from inside
 
 
-class _Worker:
+class Worker:
+    """A process that holds one side and runs it when told. It has run once when the constructor returns."""
+
     def __init__(self, module_name: str, side: str, options):
         flags = [f"--{name}={value}" for name, value in vars(options).items() if name != "side"]
         environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false", DIFFUSERS_VERBOSITY="error")
+        if options.cores:
+            environment["OMP_NUM_THREADS"] = str(options.cores)
         environment.setdefault("JAX_PLATFORMS", "cpu" if options.device == "cpu" else "cuda,cpu")
         self.name = f"{module_name} ({side})"
         self.process = subprocess.Popen(
@@ -120,13 +139,15 @@ class _Worker:
         self.process.stdin.flush()
         return self._receive()
 
-    def time_once(self) -> float:
+    def time_once(self) -> tuple[float, float]:
+        """Seconds on the wall clock, and of processor time."""
         return self._ask("run")
 
     def facts(self) -> dict:
         return self.ready | self._ask("facts")
 
     def stop(self) -> None:
+        """Ends the process."""
         self.process.stdin.close()
         try:
             self.process.wait(30)
@@ -135,6 +156,9 @@ class _Worker:
 
 
 def _work(module, options) -> None:
+    if options.cores:  # before the thread pools start, which count the cores that they may use
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
+
     # Answers go to the real standard output; whatever a library prints goes to standard error.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -149,9 +173,9 @@ def _work(module, options) -> None:
     answer({"ready_seconds": time.perf_counter() - start, "flops": program.flops, "samples": program.samples})
     for line in sys.stdin:
         if line.strip() == "run":
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             program.run()
-            answer(time.perf_counter() - start)
+            answer((time.perf_counter() - start[0], time.process_time() - start[1]))
         else:
             memory = peak_memory(options)  # before the matrix products add to it
             peak, device, version = (_peak_jax if options.side == "sd_jax" else _peak_torch)(options)
@@ -234,7 +258,7 @@ def synchronize(options) -> None:
 
 
 def place_torch(model, options, part: str = "__call__"):
-    """A torch model's function in evaluation mode, on its device, in its dtype; compiled for the side `torch.compile`."""
+    """A torch model's function, placed and cast as the options say; compiled for the side `torch.compile`."""
     import torch
 
     model = model.eval().requires_grad_(False).to(torch_device(options), getattr(torch, options.dtype))

@@ -1,4 +1,4 @@
-"""One training step, AdamW, of a small U-Net. `python -m benchmarks.train_step [--batch=32] [--model=small|sd15] ...`"""
+"""One training step of a U-Net with AdamW. `python -m benchmarks.train_step [--model=small|sd15] [--batch=32] ...`"""
 
 import dataclasses
 
@@ -8,15 +8,17 @@ DEFAULTS = {"batch": 32, "size": 16, "model": "small"}
 
 
 def _config(options):
-    """`small` has 5.8 million parameters; `sd15` is for GPUs."""
+    """`small` has 5.2 million parameters; `sd15` is for GPUs."""
     from sd_jax.models.presets import SD15
 
-    small = {"block_out_channels": (64, 128, 192), "attention_blocks": (True, True, False), "layers_per_block": 1}
+    small = {"block_out_channels": (64, 128), "attention_blocks": (True, True), "layers_per_block": 1}
     return dataclasses.replace(SD15.unet, **small) if options.model == "small" else SD15.unet
 
 
 def describe(options) -> str:
-    return f"{options.model} U-Net, batch {options.batch}, latents {options.size}x{options.size}, AdamW, {options.dtype}"
+    return (
+        f"{options.model} U-Net, batch {options.batch}, latents {options.size}x{options.size}, AdamW, {options.dtype}"
+    )
 
 
 def build_sd_jax(options) -> timing.Program:

@@ -35,7 +35,9 @@ def build_torch(options) -> timing.Program:
     import torch
     from diffusers import UNet2DConditionModel
 
-    model = timing.place_torch(UNet2DConditionModel(cross_attention_dim=768), options)  # the other defaults are SD 1.5's
+    model = timing.place_torch(
+        UNet2DConditionModel(cross_attention_dim=768), options
+    )  # the other defaults are SD 1.5's
     like = {"dtype": getattr(torch, options.dtype), "device": timing.torch_device(options)}
     inputs = (
         torch.ones((options.batch, 4, options.size, options.size), **like),

@@ -2,6 +2,12 @@
 
 from benchmarks import timing
 
+TORCH_CONFIG = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+}
 DEFAULTS = {"part": "decode", "batch": 1, "pixels": 512}
 
 
@@ -36,13 +42,7 @@ def build_torch(options) -> timing.Program:
     import torch
     from diffusers import AutoencoderKL
 
-    model = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-    )
-    model = timing.place_torch(model, options, part=options.part)
+    function = timing.place_torch(AutoencoderKL(**TORCH_CONFIG), options, part=options.part)
     side = options.pixels // 8
     shape = (4, side, side) if options.part == "decode" else (3, options.pixels, options.pixels)
     inputs = torch.ones(
@@ -51,7 +51,7 @@ def build_torch(options) -> timing.Program:
 
     @torch.no_grad()
     def run():
-        model(inputs)
+        function(inputs)
         timing.synchronize(options)
 
     return timing.Program(run)

@@ -21,8 +21,6 @@ _ANY = object()
 # Key -> the values that our U-Net has; the first is written. _ANY: does not change what the network computes.
 _UNET_FIXED = {
     "act_fn": ("silu",),
-    "addition_embed_type": (None,),
-    "addition_embed_type_num_heads": (64, _ANY),
     "addition_time_embed_dim": (None,),
     "attention_type": ("default",),
     "center_input_sample": (False,),
@@ -70,6 +68,8 @@ _UNET_READ = {
     "attention_head_dim": 8,
     "cross_attention_dim": 1280,
     "norm_num_groups": 32,
+    "addition_embed_type": None,
+    "addition_embed_type_num_heads": 64,
 }
 _DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 _UP = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
@@ -83,6 +83,8 @@ def unet_from_json(data: Mapping[str, Any], where: str) -> UNetConfig:
         raise CheckpointError(f"{where}: up_block_types must mirror down_block_types")
     if len(values["block_out_channels"]) != len(attention_blocks):
         raise CheckpointError(f"{where}: block_out_channels and down_block_types are of different lengths")
+    if values["addition_embed_type"] not in (None, "text"):
+        raise CheckpointError(f"{where}: addition_embed_type={values['addition_embed_type']!r} is not supported")
     return UNetConfig(
         sample_size=_one(values, "sample_size", where),
         in_channels=values["in_channels"],
@@ -93,6 +95,8 @@ def unet_from_json(data: Mapping[str, Any], where: str) -> UNetConfig:
         num_attention_heads=_one(values, "attention_head_dim", where),
         cross_attention_dim=_one(values, "cross_attention_dim", where),
         norm_num_groups=values["norm_num_groups"],
+        addition_embed_type=values["addition_embed_type"],
+        addition_embed_type_num_heads=values["addition_embed_type_num_heads"],
     )
 
 
@@ -112,6 +116,8 @@ def unet_to_json(config: UNetConfig) -> dict[str, Any]:
         attention_head_dim=config.num_attention_heads,  # so called since diffusers took it for the heads' number
         cross_attention_dim=config.cross_attention_dim,
         norm_num_groups=config.norm_num_groups,
+        addition_embed_type=config.addition_embed_type,
+        addition_embed_type_num_heads=config.addition_embed_type_num_heads,
     )
 
 

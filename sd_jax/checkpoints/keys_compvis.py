@@ -143,6 +143,10 @@ def from_diffusers(
     for name, tensor in tensors.items():
         if part == "vae" and ".attentions." in name and tensor.ndim == 2:
             tensor = tensor.reshape(*tensor.shape, 1, 1)
+        if name not in table:
+            raise CheckpointError(
+                f"the CompVis layout has no place for {part}/{name}: write a diffusers folder instead"
+            )
         renamed[PREFIXES[part] + table[name]] = tensor
     return renamed
 
@@ -156,7 +160,7 @@ def names(part: str, config: UNetConfig | VAEConfig | CLIPTextConfig) -> dict[st
     if part == "text_encoder":
         return {name: name for name in wanted}
     modules = _unet_modules(config) if part == "unet" else _vae_modules(config)
-    return {name: _translate(name, modules) for name in wanted}
+    return {name: _translate(name, modules) for name in wanted if not name.startswith("add_embedding.")}
 
 
 def _translate(name: str, modules: dict[str, str]) -> str:

@@ -72,13 +72,14 @@ def their_name(name: str) -> str:
     for module in modules:
         stem, _, index = module.rpartition("_")
         split += [stem, index] if stem in _LISTS and index.isdigit() else [module]
-    return ".".join([*split, "bias" if leaf == "bias" else "weight"])
+    return ".".join([*split, leaf if leaf in ("bias", "positional_embedding") else "weight"])
 
 
 def _our_layout(name: str, tensor: Tensor) -> Tensor:
     if tensor.ndim == 4:
         return tensor.transpose(2, 3, 1, 0)  # OIHW -> HWIO
-    return tensor.transpose(1, 0) if tensor.ndim == 2 and not name.endswith("_embedding.weight") else tensor
+    table = name.endswith(("_embedding.weight", "positional_embedding"))
+    return tensor.transpose(1, 0) if tensor.ndim == 2 and not table else tensor
 
 
 def _their_layout(name: str, tensor: Tensor) -> Tensor:

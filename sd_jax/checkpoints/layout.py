@@ -22,6 +22,8 @@ def unet(config: UNetConfig) -> Shapes:
     depth, time = len(widths), 4 * widths[0]
     shapes = _conv("conv_in", config.in_channels, widths[0])
     shapes |= _linear("time_embedding.linear_1", widths[0], time) | _linear("time_embedding.linear_2", time, time)
+    if config.addition_embed_type is not None:
+        shapes |= _text_embedding("add_embedding", config.cross_attention_dim, time)
 
     def attention(name, width):
         return _transformer(name, width, config.cross_attention_dim)
@@ -150,6 +152,14 @@ def _resnet(name: str, features_in: int, features_out: int, time: int | None = N
     if features_in != features_out:
         shapes |= _conv(f"{name}.conv_shortcut", features_in, features_out, 1)
     return shapes
+
+
+def _text_embedding(name: str, context: int, time: int) -> Shapes:
+    """diffusers' TextTimeEmbedding."""
+    shapes = _norm(f"{name}.norm1", context) | {f"{name}.pool.positional_embedding": (1, context)}
+    for layer in ("q_proj", "k_proj", "v_proj"):
+        shapes |= _linear(f"{name}.pool.{layer}", context, context)
+    return shapes | _linear(f"{name}.proj", context, time) | _norm(f"{name}.norm2", time)
 
 
 def _transformer(name: str, width: int, context: int) -> Shapes:

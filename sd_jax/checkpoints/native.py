@@ -210,35 +210,50 @@ def read_params(
     folder = directory / str(step)
     meta, stored = _read_meta(folder), _state_metadata(folder)
 
-    # Which of the two trees each part of each leaf is taken from
-    wanted, places = {"params": {}, "ema": {}}, []
+    # Which of the two trees each leaf is taken from
+    places = []
     for path in (path for path in stored if path[0] == "params" and path[1] not in without):
         averaged = ("ema", *path[1:])
-        source = averaged if weights == "ema" and averaged in stored else path
-        places.append(source)
-        _put(wanted, source, stored[source])
+        places.append(averaged if weights == "ema" and averaged in stored else path)
     if not places:
         raise CheckpointError(f"{folder}: no parameters are in it")
 
-    wanted = {name: tree for name, tree in wanted.items() if tree}
-    item = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), wanted)
-    as_numpy = jax.tree.map(
-        lambda leaf: ocp.RestoreArgs(
-            restore_type=np.ndarray,
-            dtype=dtype if dtype is not None and jax.dtypes.issubdtype(leaf.dtype, np.inexact) else leaf.dtype,
-        ),
-        wanted,
-    )
-    args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
+    params = {}
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            restored = checkpointer.restore(folder / "state", args=args)
+            for group in _groups(places, stored):
+                restored = checkpointer.restore(folder / "state", args=_only(group, stored, dtype))
+                for path in group:
+                    _put(params, path[1:], _get(restored, path))
     except Exception as error:
         raise _damaged(folder, error) from error
-    params = {}
-    for path in places:
-        _put(params, path[1:], _get(restored, path))
     return params, meta, step, "ema" if any(path[0] == "ema" for path in places) else "raw"
+
+
+def _groups(paths: list, stored: Mapping) -> list[list]:
+    """A quarter of a gigabyte at a time: Orbax holds twice what it restores at once."""
+    groups, size = [[]], 0
+    for path in paths:
+        size += math.prod(stored[path].shape) * np.dtype(stored[path].dtype).itemsize
+        if size > 2**28 and groups[-1]:
+            groups.append([])
+            size = 0
+        groups[-1].append(path)
+    return groups
+
+
+def _only(paths: list, stored: Mapping, dtype: np.dtype | None) -> Any:
+    """Orbax' arguments for restoring these arrays alone, in NumPy."""
+    import orbax.checkpoint as ocp
+
+    item, restore_args = {}, {}
+    for path in paths:
+        leaf = stored[path]
+        is_float = jax.dtypes.issubdtype(leaf.dtype, np.inexact)
+        kept = dtype if dtype is not None and is_float else leaf.dtype
+        _put(item, path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+        _put(restore_args, path, ocp.RestoreArgs(restore_type=np.ndarray, dtype=kept))
+    return ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
 
 
 # What is on the disk
@@ -367,7 +382,8 @@ def _of_this_process(entries: list, folder: Path) -> Any:
 
 class _WithoutOrbax(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return f"{os.sep}orbax{os.sep}" not in record.pathname
+        source = f"{os.sep}orbax{os.sep}"
+        return source not in record.pathname and (record.name != "asyncio" or source not in record.getMessage())
 
 
 _WITHOUT_ORBAX = _WithoutOrbax()
@@ -375,7 +391,8 @@ _WITHOUT_ORBAX = _WithoutOrbax()
 
 def _quieten_orbax() -> None:
     """Orbax logs a page per save, and of a failed one a traceback per array, though the error is raised anyway."""
-    logging.getLogger("absl").addFilter(_WITHOUT_ORBAX)  # adding the same filter again does nothing
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).addFilter(_WITHOUT_ORBAX)  # adding the same filter again does nothing
     if not isinstance(sys.unraisablehook, _WithoutLateWrites):
         sys.unraisablehook = _WithoutLateWrites(sys.unraisablehook)
 

@@ -1,8 +1,12 @@
 """What Hugging Face `datasets` opens, with random access: parquet, arrow, json, webdataset tars, sets on the hub."""
 
+import contextlib
 import glob
 import pathlib
-from collections.abc import Iterable
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable, Iterator
 from logging import getLogger
 from typing import Any
 
@@ -141,7 +145,25 @@ def _load(name: str):
         return _load_split(name, reader, data_files=found), pathlib.Path(found[0]).parent
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or path.suffix in READERS or glob.has_magic(name):
         raise FileNotFoundError(f"data.path={name!r} does not exist: {_MEND}")
-    return _load_split(name, name), pathlib.Path()
+    with _offline_without_network():
+        return _load_split(name, name), pathlib.Path()
+
+
+@contextlib.contextmanager
+def _offline_without_network() -> Iterator[None]:
+    """Lets a machine without network look into its cache at once, where the hub's client would retry for minutes."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        if not before and not urllib.request.getproxies():
+            socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _load_split(name: str, *args, **kwargs):

@@ -168,7 +168,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """diffusers' Transformer2DModel of SD 1.x: a feature map as a sequence of its places, with 1x1 convolutions in and out."""
+    """diffusers' Transformer2DModel of SD 1.x: a feature map as a sequence of its places, between 1x1 convolutions."""
 
     heads: int
     norm_num_groups: int = 32

@@ -3,7 +3,6 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-
 from sd_jax.models.attention import attention
 from sd_jax.models.layers import ZEROS, Dtype, LayerNorm, dense
 from sd_jax.models.presets import CLIPTextConfig
@@ -61,7 +60,9 @@ class _Embeddings(nn.Module):
     def __call__(self, ids):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype, "embedding_init": nn.initializers.normal(0.02)}
         words = nn.Embed(self.config.vocab_size, self.config.hidden_size, name="token_embedding", **types)
-        places = nn.Embed(self.config.max_position_embeddings, self.config.hidden_size, name="position_embedding", **types)
+        places = nn.Embed(
+            self.config.max_position_embeddings, self.config.hidden_size, name="position_embedding", **types
+        )
         return words(ids) + places(jnp.arange(ids.shape[1], dtype=jnp.int32))[None]
 
 
@@ -114,7 +115,9 @@ class CLIPText(nn.Module):
         Raises ValueError for more tokens than positions, or a clip_skip outside 1..num_hidden_layers.
         """
         if ids.shape[1] > self.config.max_position_embeddings:
-            raise ValueError(f"{ids.shape[1]} tokens, but max_position_embeddings is {self.config.max_position_embeddings}")
+            raise ValueError(
+                f"{ids.shape[1]} tokens, but max_position_embeddings is {self.config.max_position_embeddings}"
+            )
         if not 1 <= clip_skip <= self.config.num_hidden_layers:
             raise ValueError(f"clip_skip={clip_skip} is not within 1..{self.config.num_hidden_layers}")
         return _TextModel(self.config, self.dtype, self.param_dtype, self.remat, name="text_model")(ids, clip_skip)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 Dtype = jnp.dtype | type
 
-# The last layer of a residual branch starts at zero: a fresh network is the identity along its trunk (LDM's zero_module)
+# The last layer of a residual branch starts at zero: a new network is the identity along its trunk (LDM's zero_module)
 ZEROS = nn.initializers.zeros
 
 # Other kernels: variance 1 / fan-in (LeCun et al. 1998), uniform, because hundreds of truncated normals compile slowly
@@ -57,7 +57,9 @@ class GroupNorm(nn.Module):
         return (flat * a[:, None] + b[:, None]).astype(self.dtype).reshape(x.shape)
 
 
-def conv(features: int, name: str, like: nn.Module, kernel: int = 3, stride: int = 1, padding=None, **kwargs) -> nn.Conv:
+def conv(
+    features: int, name: str, like: nn.Module, kernel: int = 3, stride: int = 1, padding=None, **kwargs
+) -> nn.Conv:
     """A square convolution with `kernel // 2` zero padding, in the dtypes of the module `like`."""
     pad = kernel // 2
     return nn.Conv(
@@ -86,18 +88,19 @@ class LayerNorm(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+    def __call__(self, x: Float[Array, "batch *tokens width"]) -> Float[Array, "batch *tokens width"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
         centred = x.astype(jnp.float32)
         centred = centred - centred.mean(-1, keepdims=True)
         y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
-        scale, bias = scale.astype(jnp.float32), bias.astype(jnp.float32)
-        return (y * scale[None, None] + bias[None, None]).astype(self.dtype)
+        row = (1,) * (x.ndim - 1) + (-1,)
+        scale, bias = scale.astype(jnp.float32).reshape(row), bias.astype(jnp.float32).reshape(row)
+        return (y * scale + bias).astype(self.dtype)
 
 
 class Downsample(nn.Module):
-    """Half the size by a strided 3x3 convolution. `asymmetric` pads right and bottom only, as the VAE's encoder does."""
+    """Half the size by a strided 3x3 convolution. `asymmetric` pads right and bottom only, as in the VAE's encoder."""
 
     asymmetric: bool = False
     dtype: Dtype = jnp.float32

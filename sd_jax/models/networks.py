@@ -24,9 +24,7 @@ class Networks(NamedTuple):
     @staticmethod
     def of(spec: ModelSpec, dtype: str = "float32", remat: bool = False) -> "Networks":
         kwargs = {"dtype": jnp.dtype(dtype), "remat": remat}
-        return Networks(
-            spec, UNet(spec.unet, **kwargs), VAE(spec.vae, **kwargs), CLIPText(spec.text_encoder, **kwargs)
-        )
+        return Networks(spec, UNet(spec.unet, **kwargs), VAE(spec.vae, **kwargs), CLIPText(spec.text_encoder, **kwargs))
 
     def with_scaling_factor(self, factor: float) -> "Networks":
         vae = dataclasses.replace(self.spec.vae, scaling_factor=factor)

@@ -7,15 +7,17 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sd_jax.models.attention import SpatialTransformer
+from sd_jax.models.attention import SpatialTransformer, attention
 from sd_jax.models.layers import (
     ZEROS,
     Downsample,
     Dtype,
     GroupNorm,
+    LayerNorm,
     TimestepEmbedding,
     Upsample,
     conv,
+    dense,
     timestep_embedding,
 )
 from sd_jax.models.presets import UNetConfig
@@ -94,6 +96,44 @@ class UpBlock(_Block):
         return Upsample(name="upsamplers_0", **self.types)(h) if self.upsample else h
 
 
+class TextEmbedding(nn.Module):
+    """The whole prompt as one vector of the timestep embedding's width (diffusers' addition_embed_type="text").
+
+    Deep Floyd IF's way: norm, attention pooling (Radford et al. 2021, section 2.4), linear, norm.
+    """
+
+    config: UNetConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, context: Float[Array, "batch words width"]) -> Float[Array, "batch time_width"]:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        h = LayerNorm(1e-5, name="norm1", **types)(context)
+        h = AttentionPooling(self.config.addition_embed_type_num_heads, name="pool", **types)(h)
+        h = dense(4 * self.config.block_out_channels[0], "proj", self)(h)
+        return LayerNorm(1e-5, name="norm2", **types)(h)
+
+
+class AttentionPooling(nn.Module):
+    """The mean of a sequence asks the sequence, itself included."""
+
+    heads: int
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch words width"]) -> Float[Array, "batch width"]:
+        batch, _, width = x.shape
+        place = self.param("positional_embedding", nn.initializers.normal(width**-0.5), (1, width), self.param_dtype)
+        mean = x.mean(axis=1, keepdims=True) + place[None].astype(self.dtype)
+        x = jnp.concatenate([mean, x], axis=1)
+        split = lambda y: y.reshape(*y.shape[:2], self.heads, width // self.heads)  # noqa: E731
+        q = split(dense(width, "q_proj", self)(mean))
+        k, v = (split(dense(width, name, self)(x)) for name in ("k_proj", "v_proj"))
+        return attention(q, k, v).reshape(batch, width)
+
+
 class UNet(nn.Module):
     """Predicts noise (or what the schedule's prediction_type says) from noisy latents, a timestep and a context.
 
@@ -126,6 +166,8 @@ class UNet(nn.Module):
         # Time
         time = timestep_embedding(timesteps, cfg.block_out_channels[0]).astype(self.dtype)
         time = TimestepEmbedding(4 * cfg.block_out_channels[0], name="time_embedding", **types)(time)
+        if cfg.addition_embed_type is not None:
+            time = time + TextEmbedding(cfg, name="add_embedding", **types)(context)
 
         # Down
         h = conv(cfg.block_out_channels[0], "conv_in", self)(h)

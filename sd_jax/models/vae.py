@@ -1,8 +1,8 @@
 """The KL autoencoder of Stable Diffusion (Rombach et al. 2022, section 3.1), equal to diffusers' AutoencoderKL.
 
-    q(z | image) = N(mean, exp(logvar)),   mean, logvar = encode(image)                              (Eq. 1)
-    latents = scaling_factor * z,          image ~ decode(latents / scaling_factor)                  (Eq. 2)
-    KL(q || N(0, 1)) = sum (mean^2 + exp(logvar) - 1 - logvar) / 2                                   (Eq. 3)
+q(z | image) = N(mean, exp(logvar)),   mean, logvar = encode(image)                              (Eq. 1)
+latents = scaling_factor * z,          image ~ decode(latents / scaling_factor)                  (Eq. 2)
+KL(q || N(0, 1)) = sum (mean^2 + exp(logvar) - 1 - logvar) / 2                                   (Eq. 3)
 """
 
 import flax.linen as nn

@@ -140,6 +140,15 @@ def test_single_file_of_reduced_width_without_our_header(tmp_path):
         assert_same_bits(opened.state_dict(), getattr(pipeline, part).state_dict())
 
 
+def test_pooled_text_beside_the_timestep(tmp_path):
+    folder = tmp_path / "theirs"
+    unet = {"addition_embed_type": "text", "addition_embed_type_num_heads": 4}
+    pipeline = tiny_diffusers_pipeline(folder, unet=unet)
+    loaded = load_checkpoint(folder)
+    save_checkpoint(tmp_path / "ours", loaded.spec, loaded.params, loaded.tokenizer)
+    assert_same_pipelines(open_pipeline(tmp_path / "ours"), pipeline)
+
+
 def test_diffusers_draws_the_same_picture(tmp_path, reference):
     """The whole folder works: tokenizer, scheduler and networks, not only their tensors."""
     folder, _ = reference

@@ -5,6 +5,7 @@ import tarfile
 import pytest
 
 from sd_jax.data import DataError
+from sd_jax.data.loader import make_loader
 from sd_jax.data.sources import open_source
 from sd_jax.media import BadImage
 
@@ -143,6 +144,35 @@ def test_missing_paths(config, name):
 def test_unknown_names_on_the_hub(config):
     with pytest.raises(FileNotFoundError, match=r"data.path='someone/pictures' is neither here nor .*: give a folder"):
         opened(config, "someone/pictures")
+
+
+def test_machines_without_network_learn_it_at_once(config, monkeypatch):
+    import socket
+
+    from huggingface_hub import constants
+
+    def no_network(*_):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits to try again"))
+    with pytest.raises(FileNotFoundError, match=r"data.path='someone/pictures' is neither here"):
+        opened(config, "someone/pictures")
+    assert constants.HF_HUB_OFFLINE is False
+
+
+def test_many_threads_read_one_data_set(config, tmp_path):
+    numbers = [n for n in range(20) if n != 2]
+    hub_images(numbers, [f"{n}" for n in numbers]).to_parquet(tmp_path / "a.parquet")
+    source = opened(config, tmp_path)
+    config.data.num_workers = 4
+    loader = make_loader(source, None, config)
+    for _ in range(40):
+        batch = next(loader)
+        assert [round(grey / 10) for grey in batch["pixels"].mean((1, 2, 3))] == [numbers[i] for i in batch["index"]]
+    loader.close()
 
 
 def test_folders_and_files_of_nothing(config, tmp_path):

@@ -87,7 +87,9 @@ def test_choice_of_implementation():
 
 def test_chunks_keep_memory_below_the_score_matrix():
     shape = jax.ShapeDtypeStruct((1, 4096, 16, 8), jnp.float32)
-    compiled = jax.jit(lambda q, k, v: attention(q, k, v, implementation="chunked")).lower(shape, shape, shape).compile()
+    compiled = (
+        jax.jit(lambda q, k, v: attention(q, k, v, implementation="chunked")).lower(shape, shape, shape).compile()
+    )
     assert compiled.memory_analysis().temp_size_in_bytes < 16 * 4096 * 4096 * 4 / 4
 
 

@@ -1,8 +1,10 @@
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -248,3 +250,30 @@ def test_a_tokenizer_in_the_hubs_cache_needs_no_network(folder, tmp_path, monkey
         (snapshot / name).write_bytes((folder / name).read_bytes())
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     np.testing.assert_array_equal(load_tokenizer("someone/clip")(TEXTS), load_tokenizer(folder)(TEXTS))
+
+
+@pytest.mark.parity
+def test_openais_vocabulary_gives_openais_ids(tmp_path, monkeypatch):
+    """The merges come with OpenAI's own tokenizer, of which one file is taken: the package wants old setuptools."""
+    package = importlib.util.find_spec("clip")
+    if package is None:
+        pytest.skip("needs `pip install --no-deps clip-anytorch`")
+    path = os.path.join(package.submodule_search_locations[0], "simple_tokenizer.py")
+    spec = importlib.util.spec_from_file_location("clip_simple_tokenizer", path)
+    module = importlib.util.module_from_spec(spec)
+    # It cleans text with ftfy, which leaves plain text as it is
+    monkeypatch.setitem(sys.modules, "ftfy", types.SimpleNamespace(fix_text=lambda text: text))
+    spec.loader.exec_module(module)
+    theirs = module.SimpleTokenizer()
+    (tmp_path / "vocab.json").write_text(json.dumps(theirs.encoder), encoding="utf-8")
+    merges = [" ".join(pair) for pair, _ in sorted(theirs.bpe_ranks.items(), key=lambda item: item[1])]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    ours = load_tokenizer(tmp_path)
+    ours.check(CLIPTextConfig())
+    assert (ours.vocab_size, ours.bos_token_id, ours.eos_token_id, ours.pad_token_id) == (49408, 49406, 49407, 49407)
+    for text in (*CAPTIONS, *TEXTS[:3], "a photograph of an astronaut riding a horse, 8k, trending on artstation"):
+        want = [49406, *theirs.encode(text), 49407]
+        assert ours([text])[0].tolist() == want + [49407] * (77 - len(want))
+    # What is trained here numbers the alphabet as OpenAI does
+    trained = train_tokenizer(CAPTIONS, tmp_path / "trained", 514)._hf.get_vocab()
+    assert all(theirs.encoder[token] == i for token, i in trained.items() if i < 512)
