@@ -102,7 +102,7 @@ def training_defaults(method: str) -> ConfigDict:
         config.samples = ConfigDict()  # the grid that is drawn while training
         config.samples.prompts = ("a red circle", "a blue square")
         config.samples.sampler = "dpmpp_2m"
-        config.samples.schedule = "karras"
+        config.samples.schedule = "normal"
         config.samples.steps = 20
         config.samples.guidance_scale = 5.0
     return config.lock()

@@ -89,8 +89,8 @@ def compiler_options() -> dict[str, str]:
 def jit(function: Callable | None = None, *, once: bool = False, **kwargs):
     """`jax.jit` with `compiler_options()`, decided at the first call (nothing touches a device at import).
 
-    once: the function runs a single time, so on CPU it is compiled quickly rather than well (initialising a U-Net, which
-    is hundreds of small draws, then takes half as long).
+    once: the function runs a single time, so on CPU it is compiled quickly rather than well (initialising a U-Net,
+    which is hundreds of small draws, then takes half as long).
     """
     if function is None:
         return functools.partial(jit, once=once, **kwargs)

@@ -40,7 +40,7 @@ class Conditioning:
 
 @dataclasses.dataclass(frozen=True)
 class NoiseScheduleConfig:
-    """The discrete forward process and what the U-Net predicts; names and values as in diffusers' scheduler_config.json."""
+    """The discrete forward process and what the U-Net predicts; names and values as in scheduler_config.json."""
 
     beta_schedule: str = "scaled_linear"  # "linear" | "scaled_linear" | "squaredcos_cap_v2" (cosine)
     beta_start: float = 0.00085

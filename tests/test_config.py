@@ -54,7 +54,9 @@ def test_no_key_is_dead(method):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 read.add(node.attr)
-    dead = [key for key in _leaves(training_defaults(method)) if key.split(".")[-1] not in read | {"data", "fsdp", "tensor"}]
+    dead = [
+        key for key in _leaves(training_defaults(method)) if key.split(".")[-1] not in read | {"data", "fsdp", "tensor"}
+    ]
     assert dead == []
 
 

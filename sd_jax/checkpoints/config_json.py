@@ -46,7 +46,6 @@ _UNET_FIXED = {
     "projection_class_embeddings_input_dim": (None,),
     "resnet_out_scale_factor": (1.0,),
     "resnet_skip_time_act": (False,),
-    "resnet_time_scale_shift": ("default",),
     "reverse_transformer_layers_per_block": (None,),
     "time_cond_proj_dim": (None,),
     "time_embedding_act_fn": (None,),
@@ -70,6 +69,7 @@ _UNET_READ = {
     "norm_num_groups": 32,
     "addition_embed_type": None,
     "addition_embed_type_num_heads": 64,
+    "resnet_time_scale_shift": "default",
 }
 _DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 _UP = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
@@ -85,6 +85,10 @@ def unet_from_json(data: Mapping[str, Any], where: str) -> UNetConfig:
         raise CheckpointError(f"{where}: block_out_channels and down_block_types are of different lengths")
     if values["addition_embed_type"] not in (None, "text"):
         raise CheckpointError(f"{where}: addition_embed_type={values['addition_embed_type']!r} is not supported")
+    if values["resnet_time_scale_shift"] not in ("default", "scale_shift"):
+        raise CheckpointError(
+            f"{where}: resnet_time_scale_shift={values['resnet_time_scale_shift']!r} is not supported"
+        )
     return UNetConfig(
         sample_size=_one(values, "sample_size", where),
         in_channels=values["in_channels"],
@@ -97,6 +101,7 @@ def unet_from_json(data: Mapping[str, Any], where: str) -> UNetConfig:
         norm_num_groups=values["norm_num_groups"],
         addition_embed_type=values["addition_embed_type"],
         addition_embed_type_num_heads=values["addition_embed_type_num_heads"],
+        resnet_time_scale_shift=values["resnet_time_scale_shift"],
     )
 
 
@@ -118,6 +123,7 @@ def unet_to_json(config: UNetConfig) -> dict[str, Any]:
         norm_num_groups=config.norm_num_groups,
         addition_embed_type=config.addition_embed_type,
         addition_embed_type_num_heads=config.addition_embed_type_num_heads,
+        resnet_time_scale_shift=config.resnet_time_scale_shift,
     )
 
 

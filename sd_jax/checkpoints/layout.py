@@ -28,11 +28,14 @@ def unet(config: UNetConfig) -> Shapes:
     def attention(name, width):
         return _transformer(name, width, config.cross_attention_dim)
 
+    def resnet(name, width, out):
+        return _resnet(name, width, out, time, config.resnet_time_scale_shift == "scale_shift")
+
     # Down
     skips, width = [widths[0]], widths[0]
     for i, out in enumerate(widths):
         for j in range(layers):
-            shapes |= _resnet(f"down_blocks.{i}.resnets.{j}", width, out, time)
+            shapes |= resnet(f"down_blocks.{i}.resnets.{j}", width, out)
             if config.attention_blocks[i]:
                 shapes |= attention(f"down_blocks.{i}.attentions.{j}", out)
             width = out
@@ -42,13 +45,13 @@ def unet(config: UNetConfig) -> Shapes:
             skips.append(out)
 
     # Middle
-    shapes |= _resnet("mid_block.resnets.0", width, width, time) | attention("mid_block.attentions.0", width)
-    shapes |= _resnet("mid_block.resnets.1", width, width, time)
+    shapes |= resnet("mid_block.resnets.0", width, width) | attention("mid_block.attentions.0", width)
+    shapes |= resnet("mid_block.resnets.1", width, width)
 
     # Up, mirrored
     for i, out in enumerate(reversed(widths)):
         for j in range(layers + 1):
-            shapes |= _resnet(f"up_blocks.{i}.resnets.{j}", width + skips.pop(), out, time)
+            shapes |= resnet(f"up_blocks.{i}.resnets.{j}", width + skips.pop(), out)
             if config.attention_blocks[depth - 1 - i]:
                 shapes |= attention(f"up_blocks.{i}.attentions.{j}", out)
             width = out
@@ -144,10 +147,12 @@ def _norm(name: str, features: int) -> Shapes:
     return {f"{name}.weight": (features,), f"{name}.bias": (features,)}
 
 
-def _resnet(name: str, features_in: int, features_out: int, time: int | None = None) -> Shapes:
+def _resnet(
+    name: str, features_in: int, features_out: int, time: int | None = None, scale_shift: bool = False
+) -> Shapes:
     shapes = _norm(f"{name}.norm1", features_in) | _conv(f"{name}.conv1", features_in, features_out)
     if time is not None:
-        shapes |= _linear(f"{name}.time_emb_proj", time, features_out)
+        shapes |= _linear(f"{name}.time_emb_proj", time, 2 * features_out if scale_shift else features_out)
     shapes |= _norm(f"{name}.norm2", features_out) | _conv(f"{name}.conv2", features_out, features_out)
     if features_in != features_out:
         shapes |= _conv(f"{name}.conv_shortcut", features_in, features_out, 1)

@@ -23,7 +23,7 @@ flags.DEFINE_integer("two_objects", 128, "Prompts of two objects, likewise: for 
 flags.DEFINE_integer("batch_size", 128, "Pictures at once.")
 flags.DEFINE_integer("steps", 16, "Of the sampler.")
 flags.DEFINE_string("sampler", "dpmpp_2m", "Recipe: sampler.")
-flags.DEFINE_string("schedule", "karras", "Recipe: schedule.")
+flags.DEFINE_string("schedule", "normal", "Recipe: schedule.")
 flags.DEFINE_float("guidance_scale", 2.5, "Recipe: guidance_scale.")
 flags.DEFINE_integer("seed", 0, "Of prompts and noise.")
 flags.DEFINE_integer("shown", 32, "Pictures in samples.png.")

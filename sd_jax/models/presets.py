@@ -24,6 +24,7 @@ class UNetConfig:
     norm_num_groups: int = 32
     addition_embed_type: str | None = None  # "text": the prompt is pooled and joins the timestep's embedding
     addition_embed_type_num_heads: int = 64
+    resnet_time_scale_shift: str = "default"  # "scale_shift": the timestep scales features too, not only shifts them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +144,7 @@ _SHAPES_UNET = UNetConfig(
     norm_num_groups=16,
     addition_embed_type="text",  # cross-attention alone has not found out where things belong after 60,000 pictures
     addition_embed_type_num_heads=2,
+    resnet_time_scale_shift="scale_shift",
 )
 SHAPES_32 = _shapes(32, vae_channels=(16, 16, 48), latent_channels=4, unet=_SHAPES_UNET)
 SHAPES_64 = _shapes(64, vae_channels=(16, 16, 32, 64), latent_channels=8, unet=_SHAPES_UNET)

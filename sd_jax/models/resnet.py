@@ -10,12 +10,14 @@ from sd_jax.models.layers import ZEROS, Dtype, GroupNorm, conv, dense
 class ResnetBlock(nn.Module):
     """norm, SiLU, conv, + time, norm, SiLU, conv, + shortcut (diffusers' ResnetBlock2D; He et al. 2016).
 
-    `time` is the embedded timestep, before its SiLU; None in the autoencoder.
+    `time` is the embedded timestep, before its SiLU; None in the autoencoder. With `scale_shift` it scales and shifts
+    the second norm's result (FiLM, Perez et al. 2018) where it is else added before that norm.
     """
 
     features: int
     norm_num_groups: int = 32
     epsilon: float = 1e-5
+    scale_shift: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -28,10 +30,16 @@ class ResnetBlock(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         h = nn.silu(GroupNorm(self.norm_num_groups, self.epsilon, name="norm1", **types)(x))
         h = conv(self.features, "conv1", self)(h)
+        norm2 = GroupNorm(self.norm_num_groups, self.epsilon, name="norm2", **types)
         if time is not None:
-            h = h + dense(self.features, "time_emb_proj", self)(nn.silu(time))[:, None, None, :]
-        h = nn.silu(GroupNorm(self.norm_num_groups, self.epsilon, name="norm2", **types)(h))
-        h = conv(self.features, "conv2", self, kernel_init=ZEROS)(h)
+            width = 2 * self.features if self.scale_shift else self.features
+            time = dense(width, "time_emb_proj", self)(nn.silu(time))[:, None, None, :]
+        if time is not None and self.scale_shift:
+            scale, shift = jnp.split(time, 2, axis=-1)
+            h = norm2(h) * (1 + scale) + shift
+        else:
+            h = norm2(h if time is None else h + time)
+        h = conv(self.features, "conv2", self, kernel_init=ZEROS)(nn.silu(h))
         if x.shape[-1] != self.features:
             x = conv(self.features, "conv_shortcut", self, kernel=1)(x)
         return x + h

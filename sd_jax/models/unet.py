@@ -39,7 +39,9 @@ class _Block(nn.Module):
 
     def resnet(self, index: int):
         block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
-        return block(self.features, self.config.norm_num_groups, name=f"resnets_{index}", **self.types)
+        scale_shift = self.config.resnet_time_scale_shift == "scale_shift"
+        groups = self.config.norm_num_groups
+        return block(self.features, groups, scale_shift=scale_shift, name=f"resnets_{index}", **self.types)
 
     def attention(self, index: int):
         return SpatialTransformer(

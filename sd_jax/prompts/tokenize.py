@@ -227,9 +227,12 @@ def _check_hub_answers() -> None:
 # -- Training --------------------------------------------------------------------------------------------------------
 
 
-def train_tokenizer(captions: Iterable[str], folder: str | pathlib.Path, vocab_size: int) -> Tokenizer:
+def train_tokenizer(
+    captions: Iterable[str], folder: str | pathlib.Path, vocab_size: int, max_length: int = CONTEXT
+) -> Tokenizer:
     """Learns merges from `captions` and writes the tokenizer into `folder`; the same captions give the same files.
 
+    `max_length` is how many tokens the text encoder will read, start and end included.
     The vocabulary has `vocab_size` tokens, or fewer where the captions have no more pairs that occur twice.
     Raises ValueError for a `vocab_size` too small to spell every text (514).
     """
@@ -263,7 +266,7 @@ def train_tokenizer(captions: Iterable[str], folder: str | pathlib.Path, vocab_s
     for mark in (START, END):
         vocabulary[mark] = len(vocabulary)
     marks = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
-    _write(pathlib.Path(folder), vocabulary, merges, CONTEXT, marks, {})
+    _write(pathlib.Path(folder), vocabulary, merges, max_length, marks, {})
     return load_tokenizer(pathlib.Path(folder))
 
 

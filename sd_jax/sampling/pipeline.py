@@ -29,7 +29,7 @@ def load(
     vae: str | pathlib.Path | None = None,  # another checkpoint to take the autoencoder from
     weights: str = "ema",  # "ema" (raw where there is none) or "raw"
 ) -> "Pipeline":
-    """Opens a checkpoint of any kind. Raises FileNotFoundError or CheckpointError, each naming the file and the mend."""
+    """Opens a checkpoint of any kind. Raises FileNotFoundError or CheckpointError, naming the file and the mend."""
     checkpoint = load_checkpoint(BUNDLED if path is None else path, weights=weights, vae=vae, dtype=dtype)
     return Pipeline(checkpoint.spec, checkpoint.params, tokenizer or checkpoint.tokenizer, dtype)
 

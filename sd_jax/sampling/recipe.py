@@ -8,7 +8,6 @@ from tqdm import tqdm
 
 from sd_jax import media, types
 
-
 RECIPE_KEY = "sd_jax"  # the PNG text chunk that holds the whole recipe as JSON
 PARAMETERS_KEY = "parameters"  # the one that A1111 and its kin read
 
@@ -37,7 +36,7 @@ def write_pictures(
     recipe: types.Recipe,
     checkpoint: str | None,  # as the user named it; None = the bundled model
 ) -> list[pathlib.Path]:
-    """Writes 00000.png, 00001.png, ... and sheet.png into `folder`; returns their paths. Picture i names its own seed."""
+    """Writes 00000.png, 00001.png, ... and sheet.png into `folder`; returns their paths. Each names its seed."""
     folder.mkdir(parents=True, exist_ok=True)
     height, width = images.shape[1:3]
     paths = []

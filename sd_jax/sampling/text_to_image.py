@@ -73,7 +73,7 @@ def text_to_image(
 
 
 def latent_shape(spec, recipe: Recipe) -> tuple[int, int, int]:
-    """[height, width, channels] of one picture's latents. Raises ValueError for a size that the networks cannot make."""
+    """[height, width, channels] of a picture's latents. Raises ValueError for a size that the networks cannot make."""
     factor = spec.vae.downscale
     multiple = factor * 2 ** (len(spec.unet.block_out_channels) - 1)
     trained = spec.unet.sample_size * factor

@@ -54,7 +54,7 @@ def train(
     train_source, held_out = sources.split_held_out(source, config.data.held_out, config.seed)
     captions = functools.partial(sources.captions, train_source)
     model = start.build_model(config, method, workdir, captions, dry_run)
-    tokenize = None if model.tokenizer is None else model.tokenize
+    tokenize = model.caption_tokenizer()
     empty_ids = None if tokenize is None else tokenize([""])[0]
     context = Context(model.networks, config, empty_ids)
     loss = functools.partial(method.loss, context)
@@ -106,8 +106,9 @@ def train(
     batches = loader.make_loader(train_source, tokenize, config, start_state=data_state)
     slots = _slots(config.batch_size)
     stream = loader.prefetch(batches, lambda batch: step.place_batch(_arrays(batch, slots)))
-    fixed = [_arrays(batch, slots) for batch in loader.fixed_batches(held_out, tokenize, config)]
-    evaluate = _make_evaluator(loss, config.seed, fixed)
+    shown = held_out if len(held_out) else train_source
+    fixed = [_arrays(batch, slots) for batch in loader.fixed_batches(shown, tokenize, config)]
+    evaluate = _make_evaluator(loss, config.seed, fixed) if len(held_out) else None
     rate = learning_rate(config)
 
     # --- Train -------------------------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ def train(
                     f"no finite loss in the {MOST_SKIPPED} steps before step {at}: see metrics.jsonl"
                 )
         extra = {}
-        if due(config.eval_steps, at):
+        if evaluate is not None and due(config.eval_steps, at):
             extra["held_out_loss"] = evaluate(step.whole_state(state).ema_model)
             journal.log(f"step {at}: held-out loss {extra['held_out_loss']:.6g}")
         pending = (at, metrics, extra)

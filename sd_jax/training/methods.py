@@ -86,7 +86,7 @@ def _latents(networks: Networks, params: Params, batch: dict[str, Array], keys: 
     return jax.lax.stop_gradient(z) * networks.spec.vae.scaling_factor
 
 
-# --- autoencoder: reconstruction and KL --------------------------------------------------------------------------------
+# --- autoencoder: reconstruction and KL ------------------------------------------------------------------------------
 
 
 def _autoencoder_loss(context: Context, params: Params, batch: dict[str, Array], keys: Keys):

@@ -47,7 +47,7 @@ def _adamw(cfg: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformatio
 
 
 def _muon(cfg: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) for kernels, a convolution's being the matrix [height width in, out]; Adam for the rest.
+    """Muon (Jordan et al. 2024) for kernels, a convolution's being [height width in, out]; Adam for the rest.
 
     Updates are scaled to the root mean square of Adam's (Liu et al. 2025, section 2.2), so rates carry over.
     """

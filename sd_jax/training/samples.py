@@ -16,7 +16,7 @@ SHOWN = 12  # pictures that an autoencoder shows again
 
 
 def draw(config: ConfigDict, model: Model, params: Params, batch: dict[str, np.ndarray]) -> np.ndarray:
-    """A sheet, uint8 [height, width, 3]. `batch` is held out: an autoencoder shows its pictures, and below them again."""
+    """A sheet, uint8 [height, width, 3]. An autoencoder shows pictures of `batch` and, below, what it makes of them."""
     pipe = Pipeline(model.networks.spec, params, model.tokenizer, config.dtype)
     if config.method == "autoencoder":
         pixels = batch["pixels"][:SHOWN]

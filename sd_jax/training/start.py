@@ -4,14 +4,13 @@ import dataclasses
 import pathlib
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from sd_jax.checkpoints import CheckpointError
 from sd_jax.checkpoints.load import load_checkpoint
 from sd_jax.models.networks import Networks
 from sd_jax.models.presets import ModelSpec
-from sd_jax.prompts.tokenize import Tokenizer, load_tokenizer, train_tokenizer
+from sd_jax.prompts.tokenize import CaptionTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 from sd_jax.training.methods import Method
 from sd_jax.types import Params
 
@@ -32,9 +31,11 @@ class Model:
         key = jax.random.fold_in(jax.random.key(self.seed), PARTS.index(part))
         return self.networks.init(part, key)
 
-    def tokenize(self, captions) -> np.ndarray:
-        """Captions -> int32 [batch, tokens]."""
-        return self.tokenizer(captions, self.networks.spec.text_encoder.max_position_embeddings)
+    def caption_tokenizer(self) -> CaptionTokenizer | None:
+        """Captions -> int32 [batch, tokens], for the data loader; long ones are counted and logged."""
+        if self.tokenizer is None:
+            return None
+        return self.tokenizer.for_captions(self.networks.spec.text_encoder.max_position_embeddings)
 
     def meta(self, step: int) -> dict:
         """What a checkpoint says of itself, beside its arrays."""
@@ -48,7 +49,7 @@ def build_model(
     """Opens `config.init`, checks it against `config.model`, and loads or trains the tokenizer.
 
     captions: () -> the training captions, asked for only where a tokenizer is made from them.
-    Raises ValueError where a part can neither be loaded nor made, CheckpointError where `init` is of another architecture.
+    Raises ValueError where a part can neither be loaded nor made, CheckpointError for another architecture.
     """
     loaded = load_checkpoint(config.init, weights="ema") if config.init else None
     if loaded is None and not config.model:
@@ -107,7 +108,9 @@ def _tokenizer(config, spec, loaded, made, workdir, captions, dry_run) -> Tokeni
     if made and dry_run:
         return None
     if made:
-        return train_tokenizer(captions(), kept, spec.text_encoder.vocab_size)
+        return train_tokenizer(
+            captions(), kept, spec.text_encoder.vocab_size, spec.text_encoder.max_position_embeddings
+        )
     tokenizer = load_tokenizer(config.tokenizer or (loaded.tokenizer if loaded else None))
     if not dry_run:
         tokenizer.save(kept)

@@ -4,7 +4,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sd_jax.models.layers import Downsample, GroupNorm, LayerNorm, Upsample, timestep_embedding
+from sd_jax.models.layers import (
+    Downsample,
+    GroupNorm,
+    LayerNorm,
+    Upsample,
+    moments_by_rows,
+    moments_in_one_pass,
+    timestep_embedding,
+)
 
 
 def picture(*shape, seed=0, dtype=jnp.float32):
@@ -43,6 +51,15 @@ def test_group_norm_takes_its_statistics_in_float32(initialise):
     full = GroupNorm(4).apply({"params": params}, x.astype(jnp.float32))
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), full, atol=2e-2)
+
+
+@pytest.mark.parametrize("moments", [moments_by_rows, moments_in_one_pass])
+def test_both_ways_to_the_moments_agree(moments):
+    x = picture(2, 6, 5, 3) + jnp.asarray([0.0, 10.0, -1000.0])[None, None, None]
+    mean, variance = moments(x)
+    exact = np.asarray(x, np.float64)
+    np.testing.assert_allclose(mean, exact.mean((1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(variance, exact.var((1, 2)), rtol=1e-3)
 
 
 def test_layer_norm_is_flax_layer_norm(initialise):

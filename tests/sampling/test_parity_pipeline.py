@@ -27,10 +27,11 @@ def both(tmp_path_factory):
 def conditioning(theirs):
     import torch
 
+    def encode(text):
+        ids = theirs.tokenizer([text] * 2, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return theirs.text_encoder(ids).last_hidden_state
+
     with torch.no_grad():
-        encode = lambda text: theirs.text_encoder(  # noqa: E731
-            theirs.tokenizer([text] * 2, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        ).last_hidden_state
         return encode(PROMPT), encode("")
 
 

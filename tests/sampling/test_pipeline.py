@@ -64,7 +64,9 @@ def test_no_guidance_is_the_limit_of_guidance(pipe):
 def test_only_shapes_and_samplers_compile_anew(pipe, caplog):
     pipe.text_to_image("a star", **FEW)
     with jax.log_compiles(True), caplog.at_level(logging.WARNING):
-        pipe.text_to_image("a blue square", seed=7, steps=3, guidance_scale=6.5, negative_prompt="red", schedule="karras")
+        pipe.text_to_image(
+            "a blue square", seed=7, steps=3, guidance_scale=6.5, negative_prompt="red", schedule="karras"
+        )
         assert [r for r in caplog.records if "Finished XLA compilation" in r.getMessage()] == []
         pipe.text_to_image("a star", steps=4, guidance_scale=3.0)
         assert [r for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
