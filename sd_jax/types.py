@@ -15,12 +15,14 @@ import dataclasses
 from typing import Any
 
 import flax.struct
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-Pixels = UInt8[Array, "batch height width 3"]
-Image = Float[Array, "batch height width 3"]
-Latents = Float[Array, "batch height width channels"]
-TokenIds = Int[Array, "batch tokens"]
+AnyArray = Array | np.ndarray
+Pixels = UInt8[AnyArray, "batch height width 3"]
+Image = Float[AnyArray, "batch height width 3"]
+Latents = Float[AnyArray, "batch h w channels"]  # h, w: an eighth of height, width in SD
+TokenIds = Int[AnyArray, "batch tokens"]
 Params = Any  # a nested dict of arrays, named as diffusers names them
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")

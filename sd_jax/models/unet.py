@@ -172,7 +172,8 @@ class UNet(nn.Module):
             time = time + TextEmbedding(cfg, name="add_embedding", **types)(context)
 
         # Down
-        h = conv(cfg.block_out_channels[0], "conv_in", self)(h)
+        # Constant channels from the start: the zero padding of later convolutions shows them where the border is
+        h = conv(cfg.block_out_channels[0], "conv_in", self, bias_init=nn.initializers.normal(1.0))(h)
         skips = [h]
         for i, features in enumerate(cfg.block_out_channels):
             attend, last = cfg.attention_blocks[i], i == depth - 1

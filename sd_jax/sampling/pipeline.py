@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from sd_jax import sharding
 from sd_jax.checkpoints.load import load_checkpoint
@@ -17,7 +17,7 @@ from sd_jax.models.presets import ModelSpec
 from sd_jax.models.vae import to_image
 from sd_jax.prompts.tokenize import Tokenizer, load_tokenizer
 from sd_jax.sampling import text_to_image as job
-from sd_jax.types import Conditioning, Image, Latents, Params, Pixels, Recipe, TokenIds
+from sd_jax.types import AnyArray, Conditioning, Image, Latents, Params, Pixels, Recipe, TokenIds
 
 BUNDLED = pathlib.Path(__file__).parents[1] / "assets" / "shapes_64"
 
@@ -67,11 +67,9 @@ class Pipeline:
         """`clip_skip` as A1111 counts: 1 = last layer; None = the family's own (SD 1.x: 1)."""
         return _encode_tokens(self._part("text_encoder"), self.networks, jnp.asarray(ids, jnp.int32), clip_skip or 1)
 
-    def predict(
-        self, latents: Latents, timesteps: Float[Array, " batch"], conditioning: Conditioning
-    ) -> Float[Array, "batch height width channels"]:
+    def predict(self, latents: Latents, timesteps: Float[AnyArray, " batch"], conditioning: Conditioning) -> Latents:
         """The raw output of the U-Net, NHWC, for latents as it sees them (scaled by 1 / sqrt(1 + sigma^2))."""
-        return _predict(self._part("unet"), self.networks, latents, timesteps, conditioning)
+        return _predict(self._part("unet"), self.networks, jnp.asarray(latents), jnp.asarray(timesteps), conditioning)
 
     def encode_image(self, image: Image | Pixels) -> Latents:
         """uint8 pixels, or floats in [-1, 1], NHWC -> scaled latents, the mean of the posterior."""
