@@ -27,7 +27,8 @@ help:
 demo: $(INSTALLED)
 	$(RUN) train.py --config=configs/demo.py:autoencoder --workdir=$(DEMO)/autoencoder
 	$(RUN) train.py --config=configs/demo.py:text_to_image --workdir=$(DEMO)/text_to_image
-	$(RUN) -m sd_jax.evals --workdir=$(DEMO)
+	$(RUN) -m sd_jax.evals --checkpoint=$(DEMO)/text_to_image --out=$(DEMO) \
+		--stages=$(DEMO)/autoencoder,$(DEMO)/text_to_image
 
 test: $(INSTALLED)
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-$(TEST_PLATFORMS)} $(RUN) -m pytest

@@ -20,9 +20,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model = ConfigDict(SHAPES_32.to_dict())
     config.data.resolution = 32
     config.data.num_examples = 20_000
-    config.data.two_objects = 0.2
+    config.data.two_objects = 0.1
     config.data.held_out = 0.02
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 50
     config.optimizer.b2 = 0.99
+    config.optimizer.weight_decay = 0.0
     config.log_steps = 100
     if args.runlocal:
         config.model = ConfigDict(TINY_SHAPES.to_dict())
@@ -33,12 +38,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def autoencoder() -> ConfigDict:
     config = training_defaults("autoencoder")
-    config.total_steps = 1000
+    config.total_steps = 800
     config.batch_size = 32
-    config.optimizer.learning_rate = 2e-3
-    config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_steps = 50
-    config.optimizer.weight_decay = 0.0
+    config.eval_steps = 400
     config.autoencoder.l2_weight = 4.0
     config.autoencoder.kl_weight = 5e-6
     config.ema_decay = 0.99
@@ -48,11 +50,9 @@ def autoencoder() -> ConfigDict:
 def text_to_image(init: str) -> ConfigDict:
     config = training_defaults("full")
     config.init = init
-    config.total_steps = 1400
-    config.batch_size = 64
-    config.optimizer.learning_rate = 1.5e-3
-    config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_steps = 70
+    config.total_steps = 1500
+    config.batch_size = 48
+    config.eval_steps = 500
     config.ema_decay = 0.997
     config.data.cache_latents = True
     config.samples.prompts = (
