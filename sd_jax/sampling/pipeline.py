@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sd_jax import sharding
-from sd_jax.checkpoints.load import load_checkpoint
+from sd_jax.checkpoints.load import open_checkpoint
 from sd_jax.checkpoints.save import save_checkpoint
 from sd_jax.models.networks import Networks
 from sd_jax.models.presets import ModelSpec
@@ -30,7 +30,7 @@ def load(
     weights: str = "ema",  # "ema" (raw where there is none) or "raw"
 ) -> "Pipeline":
     """Opens a checkpoint of any kind. Raises FileNotFoundError or CheckpointError, naming the file and the mend."""
-    checkpoint = load_checkpoint(BUNDLED if path is None else path, weights=weights, vae=vae, dtype=dtype)
+    checkpoint = open_checkpoint(BUNDLED if path is None else path, weights=weights, vae=vae, dtype=dtype)
     return Pipeline(checkpoint.spec, checkpoint.params, tokenizer or checkpoint.tokenizer, dtype)
 
 
@@ -116,7 +116,8 @@ class Pipeline:
 
 
 def _on_device(leaf, dtype) -> jax.Array:
-    return jnp.asarray(leaf, dtype)
+    """One leaf at a time, read only now where it is still in its file: never two copies of a model."""
+    return jnp.asarray(leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), dtype)
 
 
 # Module-level functions: pipelines of the same networks share their compilations
