@@ -1,13 +1,12 @@
-"""The model that comes with the package: shapes world at 64x64, one object or two.
+"""Shapes world at 64x64, one object or two: the demo's networks with one more level in the autoencoder.
 
     python train.py --config=configs/shapes_64.py:autoencoder --workdir=runs/shapes_64/autoencoder
     python train.py --config=configs/shapes_64.py:text_to_image --workdir=runs/shapes_64/text_to_image
     python -m sd_jax.evals --checkpoint=runs/shapes_64/text_to_image --out=runs/shapes_64 \
         --stages=runs/shapes_64/autoencoder,runs/shapes_64/text_to_image
-    python -m sd_jax.checkpoints.convert runs/shapes_64/text_to_image sd_jax/assets/shapes_64 --dtype=float16
 
-The demo's networks with one more level in the autoencoder. sd_jax/assets/shapes_64 holds what it reached and how long
-it took.
+Cost on two CPU cores, estimated from rates: 8 minutes for the autoencoder (80 images/s), 65 for the U-Net (200).
+It has not been trained to the end yet, so there is no result to expect.
 """
 
 from ml_collections import ConfigDict
