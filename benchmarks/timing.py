@@ -295,7 +295,10 @@ def _count_torch_flops(run: Callable) -> float:
 
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    known = {forward: flop_counter.sdpa_flop, backward: flop_counter.sdpa_backward_flop}
+    known = {
+        forward: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v),
+        backward: lambda out, q, k, v, *_, **__: flop_counter.sdpa_backward_flop_count(out, q, k, v),
+    }
     with flop_counter.FlopCounterMode(display=False, custom_mapping=known) as counter:
         run()
     return float(counter.get_total_flops())
