@@ -17,7 +17,6 @@ INSTALL_REQUIRES = [
     "ml-collections>=1.1",
     # Beyond the stack, each with its reason.
     "absl-py>=2.1",  # flags of the doors train.py and sample.py; ml-collections defines its config flags on it
-    "safetensors>=0.8",  # the weight files of diffusers and of single-file checkpoints; transformers brings it anyway
     "tokenizers>=0.23",  # trains the byte-level BPE of models trained from nothing; transformers brings it anyway
     "tqdm>=4.66",  # progress bars; datasets and transformers bring it anyway
     "grain>=0.2.18",  # order, workers and exact resume of training data
@@ -34,6 +33,7 @@ EXTRAS_REQUIRE = {
         "pytest>=9",
         "beartype>=0.22",  # checks every annotation while the tests run
         "ruff>=0.15",
+        "safetensors>=0.8",  # what our own reader and writer of weight files are compared with
         "nbclient>=0.10",  # these three execute the notebooks
         "nbformat>=5.10",
         "ipykernel>=7",
