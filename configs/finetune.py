@@ -5,8 +5,11 @@
     python sample.py --checkpoint=runs/my_model --prompt="..."
 
 `my_pictures` holds pictures with a caption beside each (`cat.jpg`, `cat.txt`), or metadata.jsonl; or it is any path
-that datasets.load_dataset takes. At full SD 1.5 size in bfloat16 with rematerialisation the state takes 15.7 GB (U-Net
-trained, text encoder and autoencoder frozen), so a GPU of 24 GB or a TPU core of 32 GB holds it at batch size 4.
+that datasets.load_dataset takes.
+
+At full SD 1.5 size the state takes 14.6 GB: four float32 copies of the U-Net (weights, average, two moments), and the
+frozen text encoder and autoencoder. Activations come on top. `--dry_run` says the figure for your config. Not yet run
+on a GPU.
 """
 
 from ml_collections import ConfigDict

@@ -117,19 +117,21 @@ def reference(config: VAEConfig):
     return model.eval()
 
 
-def parity_errors(config, image, from_torch, relative_error):
+def parity_errors(config, image, from_torch, relative_error, reference_dtype="float32"):
     """Errors of the mean, the log-variance and the decoded image."""
     import torch
 
     model = reference(config)
-    to_torch = lambda x: torch.tensor(np.asarray(x).transpose(0, 3, 1, 2))  # noqa: E731
+    dtype = getattr(torch, reference_dtype)
+    to_torch = lambda x: torch.tensor(np.asarray(x).transpose(0, 3, 1, 2), dtype=dtype)  # noqa: E731
     to_numpy = lambda x: x.permute(0, 2, 3, 1).numpy()  # noqa: E731
     params = from_torch("vae", model, config)
+    model = model.to(dtype)
     with torch.no_grad():
         expected = model.encode(to_torch(image)).latent_dist
         mean, logvar = to_numpy(expected.mean), to_numpy(expected.logvar)
         decoded = to_numpy(model.decode(expected.mean).sample)
-    posterior, ours = encode(params, image, config), decode(params, jnp.asarray(mean), config)
+    posterior, ours = encode(params, image, config), decode(params, jnp.asarray(mean, jnp.float32), config)
     return (
         relative_error(posterior.mean, mean),
         relative_error(posterior.logvar, logvar),
@@ -146,4 +148,5 @@ def test_equals_diffusers(size, from_torch, relative_error):
 @pytest.mark.parity
 @pytest.mark.slow
 def test_equals_diffusers_at_full_size(from_torch, relative_error):
-    assert max(parity_errors(SD15.vae, normal(1, 128, 192, 3), from_torch, relative_error)) < 1e-5
+    """In float64, because at this size torch's own float32 is 1e-5 away from it (ours 3e-6)."""
+    assert max(parity_errors(SD15.vae, normal(1, 128, 192, 3), from_torch, relative_error, "float64")) < 1e-5
