@@ -7,7 +7,6 @@ and a key that does not exist is an error.
 import json
 import pathlib
 
-import ml_collections
 from ml_collections import ConfigDict
 
 
@@ -106,10 +105,6 @@ def training_defaults(method: str) -> ConfigDict:
         config.samples.steps = 20
         config.samples.guidance_scale = 5.0
     return config.lock()
-
-
-def freeze(config: ConfigDict) -> ml_collections.FrozenConfigDict:
-    return ml_collections.FrozenConfigDict(config)
 
 
 def to_json(config: ConfigDict) -> str:

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
-from sd_jax import trees
 from sd_jax.checkpoints.keys_diffusers import from_diffusers
 from sd_jax.checkpoints.tensors import lazy
 
@@ -57,6 +57,6 @@ def from_torch():
     def convert(part, module, config):
         tensors = {name: lazy(tensor.detach().numpy()) for name, tensor in module.state_dict().items()}
         ours = from_diffusers(part, tensors, config, "the reference")
-        return trees.unflatten({name: jnp.asarray(np.asarray(tensor)) for name, tensor in ours.items()})
+        return traverse_util.unflatten_dict({name: jnp.asarray(np.asarray(t)) for name, t in ours.items()}, sep="/")
 
     return convert
