@@ -3,6 +3,8 @@
 Layout is NHWC. Compute happens in `dtype`, parameters are kept in `param_dtype`, statistics of norms are float32.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -96,10 +98,15 @@ def conv(
     )
 
 
-def dense(features: int, name: str, like: nn.Module, use_bias: bool = True, **kwargs) -> nn.Dense:
-    """A linear layer in the dtypes of the module `like`."""
+def dense(features: int, name: str, like: nn.Module, use_bias: bool = True, **kwargs) -> Callable[[Array], Array]:
+    """A linear layer in the dtypes of the module `like`.
+
+    The leading axes are joined for it: XLA's CPU compiler sums the gradient of a bias over one axis in a quarter of the
+    time that two axes take. The reshapes cost nothing on any device.
+    """
     types = {"dtype": like.dtype, "param_dtype": like.param_dtype}
-    return nn.Dense(features, use_bias=use_bias, name=name, **types, **{"kernel_init": UNIFORM, **kwargs})
+    layer = nn.Dense(features, use_bias=use_bias, name=name, **types, **{"kernel_init": UNIFORM, **kwargs})
+    return lambda x: layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
 
 
 class LayerNorm(nn.Module):
@@ -113,12 +120,11 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "batch *tokens width"]) -> Float[Array, "batch *tokens width"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
-        centred = x.astype(jnp.float32)
-        centred = centred - centred.mean(-1, keepdims=True)
+        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)  # as in `dense`
+        centred = rows - rows.mean(-1, keepdims=True)
         y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
-        row = (1,) * (x.ndim - 1) + (-1,)
-        scale, bias = scale.astype(jnp.float32).reshape(row), bias.astype(jnp.float32).reshape(row)
-        return (y * scale + bias).astype(self.dtype)
+        y = y * scale.astype(jnp.float32)[None] + bias.astype(jnp.float32)[None]
+        return y.astype(self.dtype).reshape(x.shape)
 
 
 class Downsample(nn.Module):
