@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,13 +27,26 @@ def aside(target: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
         yield work
         _replace(work, target)
     except OSError as error:
-        _remove(work)
+        remove_unfinished(work)
         if error.errno == errno.ENOENT:  # something that the block wanted to read
             raise
         raise OSError(error.errno, f"could not write: {error.strerror or error}", str(target)) from error
     except BaseException:
-        _remove(work)
+        remove_unfinished(work)
         raise
+
+
+def remove_unfinished(path: Path, quiet: float = 0.2, at_most: float = 5.0) -> None:
+    """Removes what a failed write left, until it has stayed away for `quiet` seconds.
+
+    Orbax's threads do not stop where one of them fails: what the others have begun appears a moment later.
+    """
+    start = seen = time.monotonic()
+    while (now := time.monotonic()) < min(start + at_most, seen + quiet):
+        if os.path.lexists(path):
+            _remove(path)
+            seen = now
+        time.sleep(quiet / 20)
 
 
 def _occupied(path: Path) -> bool:

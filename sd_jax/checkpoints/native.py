@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sd_jax.checkpoints.aside import remove_unfinished
 from sd_jax.checkpoints.errors import CheckpointError, listing
 from sd_jax.types import Params
 
@@ -163,7 +164,7 @@ class Checkpoints:
         """What a failed save or a killed run left of `step` ("*" = of any)."""
         if jax.process_index() == 0:
             for folder in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_unfinished(folder)
 
     def _empty_bin(self) -> None:
         if jax.process_index() == 0:
