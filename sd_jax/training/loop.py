@@ -43,7 +43,14 @@ def train(
     Raises ValueError, FileNotFoundError, CheckpointError or DataError, each naming the key or file and the mend, and
     FloatingPointError after MOST_SKIPPED steps whose loss is not finite.
     """
-    started = started or time.time()
+    journal = Journal()
+    try:
+        _train(config, workdir, dry_run, started or time.time(), journal)
+    finally:
+        journal.close()
+
+
+def _train(config: ConfigDict, workdir: pathlib.Path | None, dry_run: bool, started: float, journal: Journal) -> None:
     method = method_of(config)
     mesh = sharding.make_mesh(config.mesh.to_dict())
     optimizer = make_optimizer(config)
@@ -92,7 +99,7 @@ def train(
         state = sharding.jit(initial_state, once=True, out_shardings=where)(loaded)
     state = step.place_state(state)
     model.loaded.clear()  # the host's copy
-    journal = Journal(workdir, first_step, config.total_steps, config.batch_size)
+    journal.open(workdir, first_step, config.total_steps, config.batch_size)
     journal.log(f"{'resumed at' if first_step else 'starting from'} step {first_step} of {config.total_steps}")
 
     # --- Data --------------------------------------------------------------------------------------------------------
@@ -163,7 +170,6 @@ def train(
     checkpoints.close()
     seconds = _add_seconds(workdir / "summary.json", time.time() - started, config.total_steps)
     journal.log(f"done in {seconds:.0f} seconds: {workdir}")
-    journal.close()
 
 
 def _check_batch(config: ConfigDict, mesh) -> None:

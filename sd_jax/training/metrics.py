@@ -10,9 +10,16 @@ from tqdm import tqdm
 
 
 class Journal:
-    """The records of one workdir. Rows beyond `first_step` are dropped when it opens: they will be made again."""
+    """The records of one workdir. It hears what the package logs from when it is made, and writes once it is open."""
 
-    def __init__(self, workdir: pathlib.Path, first_step: int, total_steps: int, batch_size: int):
+    def __init__(self):
+        self._parts: list = []  # what is to be closed
+        self._heard: list[str] = []  # before it was open
+        self._handler = _ToJournal(self)
+        logging.getLogger("sd_jax").addHandler(self._handler)
+
+    def open(self, workdir: pathlib.Path, first_step: int, total_steps: int, batch_size: int) -> None:
+        """Rows beyond `first_step` are dropped: they will be made again."""
         from tensorboardX import SummaryWriter
 
         workdir.mkdir(parents=True, exist_ok=True)
@@ -23,23 +30,27 @@ class Journal:
         self._log = (workdir / "log.txt").open("a", buffering=1)
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1, flush_secs=30)
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.05)
-        self._batch_size, self._last, self._rate = batch_size, time.monotonic(), None
-        self._handler = _ToJournal(self)  # what the data and the checkpoints have to say
-        logging.getLogger("sd_jax").addHandler(self._handler)
+        self._parts = [self._bar, self._rows, self._log, self._events]
+        self._batch_size, self._opened = batch_size, time.monotonic()
+        self._last = self._seconds = None  # when the last step ended; the running mean of what one takes
+        for text in self._heard:
+            self.log(text)
 
     def step(self, step: int, metrics: dict[str, float]) -> dict:
         """Records an optimiser step; call it once a step. Returns the row, with `images_per_second`, a running mean."""
         now = time.monotonic()
-        rate = self._batch_size / max(now - self._last, 1e-9)
-        self._rate = rate if self._rate is None else 0.9 * self._rate + 0.1 * rate
+        if self._last is not None:
+            seconds = now - self._last
+            self._seconds = seconds if self._seconds is None else 0.9 * self._seconds + 0.1 * seconds
         self._last = now
-        row = {"step": step, **metrics, "images_per_second": round(self._rate, 2)}
+        rate = self._batch_size / max(self._seconds or now - self._opened, 1e-9)
+        row = {"step": step, **metrics, "images_per_second": round(rate, 2)}
         self._rows.write(json.dumps(row) + "\n")
         for name, value in row.items():
             if name != "step":
                 self._events.add_scalar(name, value, step)
         self._bar.update(1)
-        self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {self._rate:.1f} images/s", refresh=False)
+        self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {rate:.1f} images/s", refresh=False)
         return row
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
@@ -47,17 +58,21 @@ class Journal:
 
     def log(self, text: str) -> None:
         """A line in log.txt and above the progress bar."""
+        if not self._parts:
+            self._heard.append(text)
+            return
         self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         self._bar.write(text)
 
     def pause(self) -> None:
-        """Leaves what happened since the last step out of the rate."""
-        self._last = time.monotonic()
+        """Leaves what happens between the last step and the next out of the rate."""
+        self._last = None
 
     def close(self) -> None:
         logging.getLogger("sd_jax").removeHandler(self._handler)
-        for part in (self._bar, self._rows, self._log, self._events):
+        for part in self._parts:
             part.close()
+        self._parts = []
 
 
 class _ToJournal(logging.Handler):
