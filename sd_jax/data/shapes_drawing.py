@@ -113,11 +113,7 @@ def coverage(
 # -- Backgrounds: achromatic, so that no object colour is ever near one ----------------------------------------------
 
 KINDS = ("plain", "gradient", "striped", "dotted")
-TONES = {
-    "white": (236.0, 18.0),
-    "grey": (150.0, 22.0),
-    "black": (38.0, 22.0),
-}  # mean level, and the pattern's amplitude
+TONES = {"white": (236.0, 18.0), "grey": (150.0, 22.0)}  # mean level, and the pattern's amplitude
 BACKGROUNDS = tuple(f"{kind} {tone}" for kind in KINDS for tone in TONES)
 
 
@@ -135,7 +131,7 @@ def background_levels(background: str, resolution: int) -> np.ndarray:
         wave = 8.0 * at % 2.0
         edge = np.minimum(wave, 2.0 - wave) - 0.5  # distance to the nearest edge, in stripes; negative on dark ones
         pattern = np.broadcast_to(np.clip(edge * resolution / 4.0, -1.0, 1.0)[None, :], (resolution, resolution))
-    elif kind == "dotted":  # four by four dots, dark on white, light on grey and black
+    elif kind == "dotted":  # four by four dots, dark on white, light on grey
         cell = (4.0 * at) % 1.0 - 0.5
         distance = np.sqrt(cell[:, None] ** 2 + cell[None, :] ** 2) - 0.3
         dots = np.clip(0.5 - distance * resolution / 4.0, 0.0, 1.0)

@@ -89,12 +89,12 @@ def test_the_judge_counts_what_is_wrong():
 def test_any_picture_is_read():
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (4, 32, 32, 3)).astype(np.uint8)
-    plain = np.zeros((1, 32, 32, 3), np.uint8)
+    grey, white = (np.full((1, 32, 32, 3), level, np.uint8) for level in (140, 255))
     halves = np.zeros((1, 32, 32, 3), np.uint8)
     halves[:, :, :15, 0], halves[:, :, 15:, 2] = 255, 255
-    readings = read_scenes(np.concatenate([noise, plain, halves, plain + 255]))
+    readings = read_scenes(np.concatenate([noise, grey, halves, white]))
     assert len(readings) == 7
-    assert readings[4] == Scene((), "plain black") and readings[6] == Scene((), "plain white")
+    assert readings[4] == Scene((), "plain grey") and readings[6] == Scene((), "plain white")
     assert accuracy(np.zeros((0, 32, 32, 3), np.uint8), [])["shape"] is None
     with pytest.raises(ValueError, match="uint8"):
         _square_pictures(np.zeros((2, 32, 48, 3), np.float32))
