@@ -20,7 +20,7 @@ def test_diffusers_opens_the_bundled_model_and_predicts_the_same():
     prompt = "a large red circle in the top left on a plain white background"
     ids = theirs.tokenizer([prompt], padding="max_length", return_tensors="pt").input_ids
     np.testing.assert_array_equal(ids.numpy(), ours.tokenizer([prompt], ids.shape[1]))
-    latents = np.random.default_rng(0).standard_normal((1, 8, 8, 4)).astype(np.float32)
+    latents = np.random.default_rng(0).standard_normal((1, 8, 8, ours.spec.vae.latent_channels)).astype(np.float32)
     with torch.no_grad():
         context = theirs.text_encoder(ids).last_hidden_state
         x = torch.from_numpy(latents.transpose(0, 3, 1, 2).copy())
