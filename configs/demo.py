@@ -61,11 +61,11 @@ def autoencoder(small: bool) -> ConfigDict:
 def text_to_image(small: bool) -> ConfigDict:
     config = training_defaults("full")
     config.init = "runs/demo/autoencoder" if small else "runs/shapes_64/autoencoder"
-    config.total_steps = 1200 if small else 8000
+    config.total_steps = 1200 if small else 4000
     config.batch_size = 48 if small else 64
     config.eval_steps = 400
     config.checkpoint_steps = 0 if small else 400
-    config.sample_steps = 0 if small else 2000
+    config.sample_steps = 0 if small else 1000
     config.ema_decay = 0.997
     config.data.num_examples = 20_000 if small else 60_000
     config.data.two_objects = 0.0 if small else 0.5

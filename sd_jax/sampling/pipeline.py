@@ -19,7 +19,7 @@ from sd_jax.prompts.tokenize import Tokenizer, load_tokenizer
 from sd_jax.sampling import text_to_image as job
 from sd_jax.types import AnyArray, Conditioning, Image, Latents, Params, Pixels, Recipe, TokenIds
 
-BUNDLED = pathlib.Path(__file__).parents[1] / "assets" / "shapes_32"
+BUNDLED = pathlib.Path(__file__).parents[1] / "assets" / "shapes_64"
 
 
 def load(

@@ -3,7 +3,7 @@
 import pytest
 
 from sd_jax.checkpoints import CheckpointError, config_json
-from sd_jax.models.presets import SD15, SHAPES_32, TINY
+from sd_jax.models.presets import SD15, SHAPES_64, TINY
 from sd_jax.types import NoiseScheduleConfig
 
 # The files of runwayml/stable-diffusion-v1-5, written by diffusers 0.6 and transformers 4.22
@@ -87,7 +87,7 @@ def test_files_of_sd15():
     assert config_json.noise_schedule_from_json(SCHEDULER, "") == SD15.noise_schedule
 
 
-@pytest.mark.parametrize("spec", [SD15, TINY, SHAPES_32], ids=["sd15", "tiny", "shapes_32"])
+@pytest.mark.parametrize("spec", [SD15, TINY, SHAPES_64], ids=["sd15", "tiny", "shapes_64"])
 def test_there_and_back(spec):
     assert config_json.unet_from_json(config_json.unet_to_json(spec.unet), "") == spec.unet
     assert config_json.vae_from_json(config_json.vae_to_json(spec.vae), "") == spec.vae

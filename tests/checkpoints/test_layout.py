@@ -9,12 +9,12 @@ from flax import traverse_util
 
 from sd_jax.checkpoints import CheckpointError, keys_diffusers, layout
 from sd_jax.models.networks import Networks
-from sd_jax.models.presets import SD15, SHAPES_32, TINY
+from sd_jax.models.presets import SD15, SHAPES_64, TINY
 from tests.checkpoints.tiny import shapes_only
 
 
 @pytest.mark.parametrize("part", layout.PARTS)
-@pytest.mark.parametrize("spec", [TINY, SHAPES_32, SD15], ids=["tiny", "shapes_32", "sd15"])
+@pytest.mark.parametrize("spec", [TINY, SHAPES_64, SD15], ids=["tiny", "shapes_64", "sd15"])
 def test_modules_initialise_what_the_layout_lists(spec, part):
     tree = jax.eval_shape(lambda key: Networks.of(spec).init(part, key), jax.random.key(0))
     ours = {name: leaf.shape for name, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
