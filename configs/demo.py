@@ -61,9 +61,9 @@ def autoencoder(small: bool) -> ConfigDict:
 def text_to_image(small: bool) -> ConfigDict:
     config = training_defaults("full")
     config.init = "runs/demo/autoencoder" if small else "runs/shapes_64/autoencoder"
-    config.total_steps = 1000 if small else 4000
+    config.total_steps = 1200 if small else 4000
     config.batch_size = 48 if small else 64
-    config.eval_steps = 500
+    config.eval_steps = 400
     config.checkpoint_steps = 0 if small else 400
     config.sample_steps = 0 if small else 1000
     config.ema_decay = 0.997
