@@ -215,7 +215,8 @@ def draw_scene(rng: np.random.Generator, split: str = "train", two_objects: floa
     """A random scene, of two things with probability `two_objects`; the two differ in colour, shape or both.
 
     Backgrounds vary more than things do. Drawn evenly, they keep a small model from finding out within 90,000 pictures
-    what "left" means (measured: places right by chance). With half of them alike, 92% of places are right after 22,000.
+    what "left" means (measured with twelve of them: places right by chance). With half of the pictures on one, 92% of
+    places are right after 22,000.
     """
     pairs = SPLITS[split]
     background = "plain white" if rng.random() < PLAIN_SHARE else _pick(BACKGROUNDS, rng)
