@@ -59,13 +59,13 @@ def test_fine_tune_resume_sample_and_save(checkpoint, pictures, tmp_path):
         "--config.optimizer.learning_rate=1e-3",
         "--config.eval_steps=20",
     ]
-    doors.run("train.py", *flags, "--config.total_steps=40")
     doors.run("train.py", *flags, "--config.total_steps=60")
+    doors.run("train.py", *flags, "--config.total_steps=100")
 
     from sd_jax.training.metrics import read_rows
 
     rows = read_rows(tmp_path / "run")
-    assert [row["step"] for row in rows] == list(range(1, 61))
+    assert [row["step"] for row in rows] == list(range(1, 101))
     held_out = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
     assert held_out[-1] < held_out[0]
     log = (tmp_path / "run" / "log.txt").read_text()
