@@ -49,6 +49,7 @@ class NoiseScheduleConfig:
     beta_end: float = 0.012
     num_train_timesteps: int = 1000
     prediction_type: str = "epsilon"  # one of PREDICTION_TYPES
+    rescale_betas_zero_snr: bool = False  # the last timestep is pure noise; for models that were trained so
 
 
 @dataclasses.dataclass(frozen=True)

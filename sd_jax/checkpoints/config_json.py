@@ -247,9 +247,8 @@ def noise_schedule_from_json(data: Mapping[str, Any], where: str) -> NoiseSchedu
     """scheduler_config.json: what belongs to the model, not which sampler it names."""
     if str(data.get("_class_name", "")).startswith("FlowMatch"):
         raise CheckpointError(f"{where}: {data['_class_name']} is not a schedule of SD 1.x")
-    for key in ("trained_betas", "rescale_betas_zero_snr"):
-        if data.get(key):
-            raise CheckpointError(f"{where}: {key} is not supported")
+    if data.get("trained_betas"):
+        raise CheckpointError(f"{where}: trained_betas is not supported")
     schedule, prediction = data.get("beta_schedule", "linear"), data.get("prediction_type", "epsilon")
     if schedule not in _SCHEDULES:
         raise CheckpointError(f"{where}: beta_schedule={schedule!r} is not supported: only {', '.join(_SCHEDULES)}")
@@ -263,6 +262,7 @@ def noise_schedule_from_json(data: Mapping[str, Any], where: str) -> NoiseSchedu
         beta_end=float(data.get("beta_end", 0.02)),
         num_train_timesteps=data.get("num_train_timesteps", 1000),
         prediction_type=prediction,
+        rescale_betas_zero_snr=bool(data.get("rescale_betas_zero_snr", False)),
     )
 
 
@@ -278,7 +278,7 @@ def noise_schedule_to_json(config: NoiseScheduleConfig) -> dict[str, Any]:
         num_train_timesteps=config.num_train_timesteps,
         prediction_type=config.prediction_type,
         clip_sample=False,
-        rescale_betas_zero_snr=False,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
         set_alpha_to_one=False,
         steps_offset=1,
         timestep_spacing="leading",

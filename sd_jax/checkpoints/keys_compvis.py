@@ -42,7 +42,8 @@ _BAGGAGE = {
     "scale_factor",
     "global_step",
     "epoch",
-    "v_pred",  # read by `load`: the file's mark of a v-prediction model
+    "v_pred",  # read by `load`: the file's marks of v-prediction and of zero terminal signal-to-noise
+    "ztsnr",
     "cond_stage_model.logit_scale",
     "cond_stage_model.text_projection",
     "denoiser.sigmas",

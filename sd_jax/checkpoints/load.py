@@ -132,13 +132,11 @@ def _from_compvis(
     parts = {part: t for part, t in parts.items() if part not in without and only in (None, part)}
     if only is not None and only not in parts:
         raise CheckpointError(f"{path} has no {layout.NAMES[only]}: it looks like {detect.describe(contents.tensors)}")
-    if "ztsnr" in contents.tensors:
-        raise CheckpointError(f"{path}: a model of zero terminal signal-to-noise (ztsnr), which is not supported")
     spec = infer.infer(parts, contents.metadata, where)
-    if "v_pred" in contents.tensors:
-        spec = dataclasses.replace(
-            spec, noise_schedule=dataclasses.replace(spec.noise_schedule, prediction_type="v_prediction")
-        )
+    marks = {"v_pred": {"prediction_type": "v_prediction"}, "ztsnr": {"rescale_betas_zero_snr": True}}
+    for mark, meaning in marks.items():  # empty tensors, of which only the name says something
+        if mark in contents.tensors:
+            spec = dataclasses.replace(spec, noise_schedule=dataclasses.replace(spec.noise_schedule, **meaning))
     found = {}
     for part, tensors in parts.items():
         config = getattr(spec, part)

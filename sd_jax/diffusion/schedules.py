@@ -24,12 +24,14 @@ All is computed in float64 by numpy; diffusers and k-diffusion compute in float3
 differs by 1e-5 of itself, larger ones less).
 """
 
+import difflib
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sd_jax.diffusion import spacings
 from sd_jax.types import NoiseScheduleConfig
 
 # --- the discrete schedule -------------------------------------------------------------------------------------------
@@ -47,17 +49,30 @@ BETA_SCHEDULES = {  # diffusers' names
     "squaredcos_cap_v2": _cosine_betas,
 }
 
+# abar of the last timestep where it should be 0, so that its sigma (4518.76) stays finite: the value of ComfyUI and of
+# A1111. diffusers' Euler and multistep schedulers have 2^-24 (sigma 4096), its DDIM 0. To the network the three are the
+# same, for it sees x / sqrt(1 + sigma^2); schedules that start from the largest sigma, such as karras, differ by 10%.
+ZERO_SNR_ABAR = 4.8973451890853435e-08
+
 
 def betas(cfg: NoiseScheduleConfig) -> Float[np.ndarray, " timesteps"]:
     """The variances added at each timestep, float64. Raises ValueError for an unknown beta_schedule."""
-    if cfg.beta_schedule not in BETA_SCHEDULES:
-        raise ValueError(f"unknown beta_schedule {cfg.beta_schedule!r}: choose one of {', '.join(BETA_SCHEDULES)}")
-    return BETA_SCHEDULES[cfg.beta_schedule](cfg.beta_start, cfg.beta_end, cfg.num_train_timesteps)
+    abar = alphas_cumprod(cfg)
+    return _betas(cfg) if not cfg.rescale_betas_zero_snr else 1 - abar / np.append(1, abar[:-1])
 
 
 def alphas_cumprod(cfg: NoiseScheduleConfig) -> Float[np.ndarray, " timesteps"]:
-    """abar: how much of the variance is still the picture's at each timestep, float64."""
-    return np.cumprod(1 - betas(cfg))
+    """abar: how much of the variance is still the picture's at each timestep, float64.
+
+    With rescale_betas_zero_snr, Lin et al. 2023 (arXiv 2305.08891), Algorithm 1: sqrt(abar) is shifted and scaled so
+    that it ends at 0 (see ZERO_SNR_ABAR) and begins where it did.
+    """
+    abar = np.cumprod(1 - _betas(cfg))
+    if not cfg.rescale_betas_zero_snr:
+        return abar
+    root = np.sqrt(abar)
+    rescaled = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return np.append(rescaled[:-1], ZERO_SNR_ABAR)
 
 
 def sigmas_of(cfg: NoiseScheduleConfig) -> Float[np.ndarray, " timesteps"]:
@@ -76,48 +91,22 @@ def sigma_to_timestep(sigma: Float[Array, "*shape"], log_sigmas: Float[Array, " 
 
 def timestep_to_sigma(timestep: Float[np.ndarray, "*shape"], sigmas: Float[np.ndarray, " timesteps"]) -> np.ndarray:
     """Inverse of `sigma_to_timestep`, in numpy."""
-    return np.exp(np.interp(timestep, np.arange(len(sigmas)), np.log(sigmas)))
+    return spacings.at_timesteps(timestep, sigmas)
+
+
+def _betas(cfg: NoiseScheduleConfig) -> np.ndarray:
+    if cfg.beta_schedule not in BETA_SCHEDULES:
+        raise ValueError(f"unknown beta_schedule {cfg.beta_schedule!r}: choose one of {', '.join(BETA_SCHEDULES)}")
+    return BETA_SCHEDULES[cfg.beta_schedule](cfg.beta_start, cfg.beta_end, cfg.num_train_timesteps)
 
 
 # --- ladders ---------------------------------------------------------------------------------------------------------
-# Each entry: (steps, the discrete schedule's sigmas) -> the sigmas at which the model is called, descending, [steps].
 
-
-def _normal(steps, sigmas):
-    """Even in timestep, fractions kept: k-diffusion's `get_sigmas`; diffusers' Euler and Heun call it linspace."""
-    return timestep_to_sigma(np.linspace(len(sigmas) - 1, 0, steps), sigmas)
-
-
-def _karras(steps, sigmas, rho=7.0):
-    """Even in sigma^(1/rho): Karras et al. 2022, Eq. 5."""
-    return np.linspace(sigmas[-1] ** (1 / rho), sigmas[0] ** (1 / rho), steps) ** rho
-
-
-def _leading(steps, sigmas):
-    """diffusers' timestep_spacing="leading" with steps_offset=1, the setting of Stable Diffusion."""
-    timesteps = np.arange(steps)[::-1] * (len(sigmas) // steps) + 1
-    return sigmas[np.minimum(timesteps, len(sigmas) - 1)]
-
-
-def _trailing(steps, sigmas):
-    """diffusers' timestep_spacing="trailing"."""
-    return sigmas[np.round(len(sigmas) - np.arange(steps) * (len(sigmas) / steps)).astype(int) - 1]
-
-
-def _linspace(steps, sigmas):
-    """diffusers' timestep_spacing="linspace" as its DDIM has it: timesteps rounded to whole ones."""
-    return sigmas[np.round(np.linspace(0, len(sigmas) - 1, steps)).astype(int)[::-1]]
-
-
-SCHEDULES = {
-    "normal": _normal,
-    "karras": _karras,
-    "leading": _leading,
-    "trailing": _trailing,
-    "linspace": _linspace,
-}
+SCHEDULES = spacings.SPACINGS
 DIFFUSERS_SPACINGS = ("leading", "trailing", "linspace")
 VARIANCE_PRESERVING = ("ddim",)  # samplers that begin and end as Eq. 3 says when they walk on a spacing of diffusers
+# Samplers whose schedulers in diffusers take `leading` and `linspace` of one step more than asked for, less the last.
+MULTISTEP = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "deis", "uni_pc", "uni_pc_bh2")
 
 
 class Ladder(NamedTuple):
@@ -132,27 +121,51 @@ def make_sigmas(
     schedule: str,  # a key of SCHEDULES
     steps: int,  # model calls of a sampler that needs one a step
     cfg: NoiseScheduleConfig,
-    sampler: str = "euler",  # only `ddim` matters
+    sampler: str = "euler",  # only matters to the spacings of diffusers
+    *,
+    family: str = "sd1",  # sd1 | sdxl | svd: whose table; only for align_your_steps
+    rho: float | None = None,  # only for karras (None = 7) and polyexponential (None = 1)
+    sigma_min: float | None = None,  # the ends, None = those of cfg; only for the schedules of spacings.RANGED
+    sigma_max: float | None = None,
 ) -> Float[np.ndarray, " steps_plus_1"]:
     """The noise levels of a ladder, descending, float32; the last is 0, except as Eq. 3 says.
 
-    Raises ValueError for an unknown schedule, and for more steps than it has distinct noise levels for.
+    `ddim_uniform` may give some steps more than asked for, and `beta` fewer (above a hundred), as they do in ComfyUI.
+    Raises ValueError for an unknown schedule, for more steps than it has distinct noise levels for, and for an option
+    that the schedule has not.
     """
     if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
+        near = difflib.get_close_matches(schedule.lower(), SCHEDULES, 3)
+        mend = f"did you mean {' or '.join(near)}? There are" if near else "choose one of"
+        raise ValueError(f"unknown schedule {schedule!r}: {mend} {', '.join(SCHEDULES)}")
     if steps < 1:
         raise ValueError(f"steps is {steps}: at least 1 is needed")
     trained = sigmas_of(cfg)
-    sigmas = SCHEDULES[schedule](steps, trained)
+    given, options = trained, {}
+    if sigma_min is not None or sigma_max is not None:
+        if schedule not in spacings.RANGED:
+            raise ValueError(f"sigma_min and sigma_max are for the schedules {', '.join(spacings.RANGED)}")
+        given = np.array([sigma_min or trained[0], sigma_max or trained[-1]], float)
+        if not 0 < given[0] < given[1]:
+            raise ValueError(f"sigma_min={given[0]:g} and sigma_max={given[1]:g}: 0 < sigma_min < sigma_max is needed")
+    if rho is not None:
+        if schedule not in spacings.BENT:
+            raise ValueError(f"rho is for the schedules {', '.join(spacings.BENT)}")
+        options["rho"] = rho
+    if schedule in spacings.TABLED:
+        options["family"] = family
+    asked = steps + (schedule in ("leading", "linspace") and sampler in MULTISTEP)
+    sigmas = SCHEDULES[schedule](asked, given, **options)
+    sigmas = sigmas[:steps] if asked > steps else sigmas
     if np.any(np.diff(sigmas) >= 0):
         raise ValueError(f"schedule {schedule!r} has no {steps} different steps in {len(trained)} timesteps: use fewer")
     final = trained[0] if _variance_preserving(schedule, sampler) else 0.0
     return np.append(sigmas, final).astype(np.float32)
 
 
-def make_ladder(schedule: str, steps: int, cfg: NoiseScheduleConfig, sampler: str = "euler") -> Ladder:
+def make_ladder(schedule: str, steps: int, cfg: NoiseScheduleConfig, sampler: str = "euler", **options) -> Ladder:
     """`make_sigmas` with the factors before the first and after the last step (Eq. 2 and 3). Raises as it does."""
-    sigmas = make_sigmas(schedule, steps, cfg, sampler)
+    sigmas = make_sigmas(schedule, steps, cfg, sampler, **options)
     first, last = float(sigmas[0]), float(sigmas[-1])
     start = (1 + first**2) ** 0.5 if _variance_preserving(schedule, sampler) else first
     return Ladder(sigmas, np.asarray(start, np.float32), np.asarray((1 + last**2) ** -0.5, np.float32))

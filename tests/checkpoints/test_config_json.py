@@ -168,7 +168,6 @@ def test_schedules():
     assert config_json.noise_schedule_from_json({}, "") == NoiseScheduleConfig("linear", 0.0001, 0.02)
     for key, value in (
         ("trained_betas", [0.1]),
-        ("rescale_betas_zero_snr", True),
         ("beta_schedule", "sigmoid"),
         ("prediction_type", "x"),
         ("_class_name", "FlowMatchEulerDiscreteScheduler"),

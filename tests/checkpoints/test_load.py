@@ -55,9 +55,12 @@ def test_averages_in_a_single_file(tmp_path, contents, params):
 
 def test_marks_of_v_prediction(tmp_path, contents):
     write(tmp_path / "a.safetensors", {**contents, "v_pred": np.zeros(0, np.float32)}, HEADER)
-    assert load_checkpoint(tmp_path / "a.safetensors").spec.noise_schedule.prediction_type == "v_prediction"
-    write(tmp_path / "b.safetensors", {**contents, "ztsnr": np.zeros(0, np.float32)}, HEADER)
-    assert "ztsnr" in refused(tmp_path / "b.safetensors")
+    schedule = load_checkpoint(tmp_path / "a.safetensors").spec.noise_schedule
+    assert (schedule.prediction_type, schedule.rescale_betas_zero_snr) == ("v_prediction", False)
+    both = {"v_pred": np.zeros(0, np.float32), "ztsnr": np.zeros(0, np.float32)}
+    write(tmp_path / "b.safetensors", {**contents, **both}, HEADER)
+    schedule = load_checkpoint(tmp_path / "b.safetensors").spec.noise_schedule
+    assert (schedule.prediction_type, schedule.rescale_betas_zero_snr) == ("v_prediction", True)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Properties of the discrete schedules and of the ladders; parity is in test_parity_schedules.py."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,8 +9,11 @@ import pytest
 from sd_jax.diffusion.schedules import (
     BETA_SCHEDULES,
     DIFFUSERS_SPACINGS,
+    MULTISTEP,
     SCHEDULES,
+    ZERO_SNR_ABAR,
     alphas_cumprod,
+    betas,
     make_ladder,
     make_sigmas,
     sigma_to_timestep,
@@ -18,6 +23,7 @@ from sd_jax.diffusion.schedules import (
 from sd_jax.types import NoiseScheduleConfig
 
 SD = NoiseScheduleConfig()
+ZERO_SNR = NoiseScheduleConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True)
 
 
 @pytest.mark.parametrize("name", BETA_SCHEDULES)
@@ -52,9 +58,10 @@ def test_timesteps_stop_at_the_ends():
 def test_ladder(name, steps, sampler):
     ladder = make_ladder(name, steps, SD, sampler)
     sigmas = ladder.sigmas
-    assert sigmas.shape == (steps + 1,) and {part.dtype for part in ladder} == {np.dtype(np.float32)}
+    assert sigmas.shape == (steps + 1 + (name == "ddim_uniform" and steps == 7),)  # as ComfyUI: 1000 // 7 goes 8 times
+    assert {part.dtype for part in ladder} == {np.dtype(np.float32)}
     assert np.all(np.diff(sigmas[:-1]) < 0) and sigmas[-2] >= sigmas[-1]
-    assert sigmas[0] <= np.float32(sigmas_of(SD)[-1])
+    assert sigmas[0] <= (14.615 if name.endswith("webui") else np.float32(sigmas_of(SD)[-1]))
     if name in DIFFUSERS_SPACINGS and sampler == "ddim":
         abar = alphas_cumprod(SD)
         np.testing.assert_allclose(ladder.end, np.sqrt(abar[0]), rtol=1e-6)
@@ -73,10 +80,14 @@ def test_spacings_are_whole_timesteps():
 @pytest.mark.parametrize(
     ("schedule", "steps", "cfg", "said"),
     [
-        ("karas", 20, SD, "unknown schedule 'karas': choose one of normal, karras"),
+        ("karas", 20, SD, "unknown schedule 'karas': did you mean karras\\? There are normal, karras"),
+        ("SGM Uniform", 20, SD, "did you mean sgm_uniform"),
+        ("xyz", 20, SD, "unknown schedule 'xyz': choose one of normal, karras"),
         ("normal", 0, SD, "at least 1"),
         ("leading", 1000, SD, "no 1000 different steps in 1000 timesteps"),
         ("leading", 1001, SD, "no 1001 different steps"),
+        ("simple", 1001, SD, "no 1001 different steps"),
+        ("lcm", 51, SD, "no 51 different steps"),
         ("trailing", 1001, SD, "no 1001 different steps"),
         ("linspace", 1001, SD, "no 1001 different steps"),
         ("normal", 20, NoiseScheduleConfig(beta_schedule="cosine"), "unknown beta_schedule 'cosine'"),
@@ -85,3 +96,112 @@ def test_spacings_are_whole_timesteps():
 def test_mistakes_are_named(schedule, steps, cfg, said):
     with pytest.raises(ValueError, match=said):
         make_sigmas(schedule, steps, cfg)
+
+
+@pytest.mark.parametrize("name", BETA_SCHEDULES)
+def test_zero_terminal_snr(name):
+    """sqrt(abar) is an affine function of what it was, with the same start and (almost) zero at the end."""
+    cfg = NoiseScheduleConfig(beta_schedule=name, rescale_betas_zero_snr=True)
+    before, after = np.sqrt(alphas_cumprod(NoiseScheduleConfig(beta_schedule=name))), np.sqrt(alphas_cumprod(cfg))
+    np.testing.assert_allclose(after[0], before[0], rtol=1e-12)
+    np.testing.assert_allclose(after[-1] ** 2, ZERO_SNR_ABAR, rtol=1e-12)
+    slopes = np.diff(after)[:-1] / np.diff(before)[:-1]
+    np.testing.assert_allclose(slopes, slopes[0], rtol=1e-6)
+    np.testing.assert_allclose(np.cumprod(1 - betas(cfg)), after**2, rtol=1e-9)
+    sigmas = sigmas_of(cfg)
+    assert np.all(np.diff(sigmas) > 0)
+    np.testing.assert_allclose(sigmas[-1], 4518.7637, rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "align_your_steps_webui"])
+def test_ladders_of_zero_terminal_snr(name):
+    sigmas = make_sigmas(name, 10, ZERO_SNR)
+    assert np.all(np.isfinite(sigmas)) and np.all(np.diff(sigmas) < 0)
+    if name in ("ddim_uniform", "leading"):  # these never show the network its last timestep
+        assert sigmas[0] < 400
+    else:
+        np.testing.assert_allclose(sigmas[0], 4518.7637, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "measure"),
+    [
+        ("karras", lambda sigma: sigma ** (1 / 7)),
+        ("exponential", np.log),
+        ("polyexponential", np.log),
+        ("kl_optimal", np.arctan),
+        ("normal", lambda sigma: np.interp(np.log(sigma), np.log(sigmas_of(SD)), np.arange(1000))),
+        ("sgm_uniform", lambda sigma: np.interp(np.log(sigma), np.log(sigmas_of(SD)), np.arange(1000))),
+    ],
+)
+def test_even_in_their_measure(name, measure):
+    sigmas = make_sigmas(name, 12, SD)[:-1].astype(float)
+    places = measure(sigmas)
+    np.testing.assert_allclose(np.diff(places), (places[-1] - places[0]) / 11, rtol=2e-3)
+    assert sigmas[0] == np.float32(sigmas_of(SD)[-1])
+    if name == "sgm_uniform":
+        np.testing.assert_allclose(places[-1], 999 / 12, rtol=1e-4)
+    else:
+        np.testing.assert_allclose(sigmas[-1], sigmas_of(SD)[0], rtol=1e-6)
+
+
+def test_options_of_a_schedule():
+    ends = {"sigma_min": 0.1, "sigma_max": 10.0}
+    for name in ("karras", "exponential", "polyexponential", "kl_optimal", "beta_webui"):
+        np.testing.assert_allclose(make_sigmas(name, 9, SD, **ends)[[0, -2]], [10, 0.1], rtol=1e-6)
+    bent = make_sigmas("polyexponential", 3, SD, rho=2.0, **ends)
+    np.testing.assert_allclose(bent, [10, 0.1 * 100**0.25, 0.1, 0], rtol=1e-6)
+    np.testing.assert_array_equal(make_sigmas("polyexponential", 9, SD), make_sigmas("exponential", 9, SD))
+    np.testing.assert_allclose(make_sigmas("karras", 3, SD, rho=1.0, **ends), [10, 5.05, 0.1, 0], rtol=1e-6)
+    np.testing.assert_array_equal(make_ladder("karras", 3, SD, rho=1.0, **ends).start, np.float32(10))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("normal", {"rho": 7.0}, "rho is for the schedules karras, polyexponential"),
+        ("simple", {"sigma_max": 10.0}, "sigma_min and sigma_max are for the schedules karras"),
+        ("karras", {"sigma_min": 20.0}, "0 < sigma_min < sigma_max is needed"),
+        ("align_your_steps", {"family": "sd3"}, "no table for family 'sd3': only for sd1, sdxl, svd"),
+    ],
+)
+def test_options_that_do_not_fit(name, options, said):
+    with pytest.raises(ValueError, match=said):
+        make_sigmas(name, 5, SD, **options)
+
+
+def test_align_your_steps_tables():
+    """NVIDIA's tables, as published; ComfyUI replaces the last entry by zero, A1111 appends zero."""
+    published = {
+        "sd1": [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029],
+        "sdxl": [14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029],
+        "svd": [700.00, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002],
+    }
+    for family, table in published.items():
+        np.testing.assert_allclose(make_sigmas("align_your_steps", 10, SD, family=family)[:-1], table[:-1], rtol=0.015)
+        np.testing.assert_allclose(make_sigmas("align_your_steps_webui", 11, SD, family=family)[:-1], table, rtol=1e-6)
+    between = make_sigmas("align_your_steps", 20, SD)
+    np.testing.assert_allclose(between[::2], make_sigmas("align_your_steps", 10, SD), rtol=1e-6)
+    np.testing.assert_allclose(between[1], math.sqrt(between[0] * between[2]), rtol=1e-6)
+
+
+def test_beta_is_symmetric_and_counts_equal_timesteps_once():
+    timesteps = np.interp(make_sigmas("beta", 20, SD)[:-1], sigmas_of(SD), np.arange(1000))
+    np.testing.assert_allclose(timesteps[1:] + timesteps[:0:-1], 999, atol=1.01)  # Beta(a, a) is; rounding is not
+    assert len(make_sigmas("beta", 300, SD)) < 301
+    assert np.all(np.diff(make_sigmas("beta", 300, SD)) < 0)
+
+
+def test_linear_quadratic_is_linear_then_quadratic():
+    removed = 1 - make_sigmas("linear_quadratic", 12, SD).astype(float) / sigmas_of(SD)[-1]
+    np.testing.assert_allclose(removed[:7], 0.025 / 6 * np.arange(7), atol=1e-6)
+    np.testing.assert_allclose(np.diff(removed[6:], 2), np.diff(removed[6:], 2)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", MULTISTEP)
+def test_spacings_of_multistep_samplers(sampler):
+    """diffusers spreads one timestep more than asked for and leaves out the cleanest."""
+    sigmas = sigmas_of(SD).astype(np.float32)
+    np.testing.assert_array_equal(make_sigmas("leading", 4, SD, sampler)[:-1], sigmas[[801, 601, 401, 201]])
+    np.testing.assert_array_equal(make_sigmas("linspace", 4, SD, sampler)[:-1], sigmas[[999, 749, 500, 250]])
+    np.testing.assert_array_equal(make_sigmas("trailing", 4, SD, sampler), make_sigmas("trailing", 4, SD))
