@@ -57,6 +57,7 @@ class Tokenizer:
         self.bos_token_id: int = tokenizer.bos_token_id
         self.eos_token_id: int = tokenizer.eos_token_id
         self.pad_token_id: int = tokenizer.pad_token_id
+        self.comma_token_id: int | None = self._backend.token_to_id(",</w>")  # None: no token stands for a comma
         own = tokenizer.model_max_length
         self.max_length: int = int(own) if own < 1_000_000 else CONTEXT  # transformers says 1e30 for "unknown"
         self._check_vocabulary()
@@ -83,6 +84,10 @@ class Tokenizer:
                 found = [*found[: length - 1], self.eos_token_id]
             row[: len(found)] = found
         return ids
+
+    def token_ids(self, text: str) -> list[int]:
+        """Ids of the words of one text: no start, no end, no padding, however many."""
+        return self._backend.encode(text, add_special_tokens=False).ids
 
     def for_captions(self, max_length: int | None = None) -> "CaptionTokenizer":
         """The same for training: tells of a few long captions in the log and counts the others."""
