@@ -1,85 +1,204 @@
 """The table of samplers and the one loop that runs them.
 
 A sampler sees a model only as `denoise(x, sigma) -> x0` and walks down a ladder of sigmas. The loop is a single
-`lax.scan`; everything but the sampler's name and the number of steps is traced, so another ladder of the same length,
-another picture or another prompt does not recompile.
+`lax.scan`; everything but the sampler's name, the number of steps and which options are given is traced, so another
+ladder of the same length, another picture, another prompt or another eta does not recompile.
+
+Fresh noise comes from three places. Recorded draws, `noise[d]` being the d-th that the sampler makes, for noise made
+elsewhere; else, for the samplers that k-diffusion gives a Brownian tree, the path of `brownian.py`, which is the same
+for any number of steps; else `noise.py`, keyed by image and draw.
 """
 
+import difflib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
+from sd_jax.diffusion import brownian
+from sd_jax.diffusion import samplers_distilled as distilled
+from sd_jax.diffusion import samplers_multistep as multi
 from sd_jax.diffusion import samplers_ode as ode
+from sd_jax.diffusion import samplers_restart as restarts
+from sd_jax.diffusion import samplers_sde as sde
 from sd_jax.diffusion.denoiser import Denoise, state_dtype
 from sd_jax.diffusion.noise import step_noise
+from sd_jax.diffusion.samplers_ode import SamplerOptions, Step
 
 
 class Sampler(NamedTuple):
-    """A row of the table; `samplers_ode.py` says what the two functions take and return."""
+    """A row of the table; `samplers_ode.py` says what `step` and `init` take and return."""
 
-    step: Callable  # (denoise, x, state, sigma, sigma_next, noise) -> (x, denoised, state)
+    step: Callable  # (denoise, x, state, at) -> (x, denoised, state)
     init: Callable = ode.stateless  # (x) -> state
-    stochastic: bool = False  # whether `step` reads its noise
+    table: Callable | None = None  # (sigmas, options, start) -> arrays [steps, ...], of which a step sees its entry
+    options: SamplerOptions = SamplerOptions()  # those that it reads, with their defaults
+    draws: int = 0  # of noise in a step
+    only_if: str = ""  # the option whose being given makes it stochastic; "": always, if it draws
+    ends: Callable | None = None  # (at) -> sigmas: the draws are a Brownian path's increments from at.sigma to these
+    ladder: Callable | None = None  # (sigmas) -> what is walked instead; draws are then made on its moves up
+    moves_up: Callable = lambda steps: 0  # (steps) -> how many those are
 
+
+_CHURN = {
+    "options": SamplerOptions(s_churn=0.0, s_tmin=0.0, s_tmax=np.inf, s_noise=1.0),
+    "draws": 1,
+    "only_if": "s_churn",
+}
+_ANCESTRAL = {"options": SamplerOptions(eta=1.0, s_noise=1.0), "draws": 1}
+_BROWNIAN = {**_ANCESTRAL, "ends": lambda at: (at.sigma_next,)}
+_UNI_PC = {"step": multi.uni_pc_step, "init": multi.uni_pc_init, "options": SamplerOptions(order=3)}
 
 SAMPLERS = {  # k-diffusion's and ComfyUI's names
-    "euler": Sampler(ode.euler),
-    "euler_ancestral": Sampler(ode.euler_ancestral, stochastic=True),
-    "heun": Sampler(ode.heun),
-    "ddim": Sampler(ode.ddim),
-    "dpmpp_2m": Sampler(ode.dpmpp_2m, init=ode.dpmpp_2m_init),
+    "euler": Sampler(ode.euler, **_CHURN),
+    "euler_ancestral": Sampler(sde.euler_ancestral, **_ANCESTRAL),
+    "heun": Sampler(ode.heun, **_CHURN),
+    "heunpp2": Sampler(ode.heunpp2, table=ode.heunpp2_table, **_CHURN),
+    "dpm_2": Sampler(ode.dpm_2, **_CHURN),
+    "dpm_2_ancestral": Sampler(sde.dpm_2_ancestral, **_ANCESTRAL),
+    "lms": Sampler(multi.by_slope, multi.history(4), multi.lms, SamplerOptions(order=4)),
+    "dpmpp_2s_ancestral": Sampler(sde.dpmpp_2s_ancestral, **_ANCESTRAL),
+    "dpmpp_sde": Sampler(
+        sde.dpmpp_sde, options=SamplerOptions(eta=1.0, s_noise=1.0, r=0.5), draws=2, ends=sde.dpmpp_sde_ends
+    ),
+    "dpmpp_2m": Sampler(multi.by_denoised, multi.history(2), multi.dpmpp_2m),
+    "dpmpp_2m_sde": Sampler(multi.by_denoised, multi.history(2), multi.dpmpp_2m_sde, **_BROWNIAN),
+    "dpmpp_2m_sde_heun": Sampler(multi.by_denoised, multi.history(2), multi.dpmpp_2m_sde_heun, **_BROWNIAN),
+    "dpmpp_3m_sde": Sampler(multi.by_denoised, multi.history(3), multi.dpmpp_3m_sde, **_BROWNIAN),
+    "ddpm": Sampler(sde.ddpm, draws=1),
+    "ddim": Sampler(sde.ddim, options=SamplerOptions(eta=0.0), draws=1, only_if="eta"),
+    "plms": Sampler(multi.plms, multi.history(4), multi.ipndm, SamplerOptions(order=4)),
+    "pndm": Sampler(multi.plms, multi.history(4), multi.ipndm, SamplerOptions(order=4)),
+    "uni_pc": Sampler(table=multi.uni_pc, **_UNI_PC),
+    "uni_pc_bh2": Sampler(table=multi.uni_pc_bh2, **_UNI_PC),
+    "deis": Sampler(multi.by_slope, multi.history(3), multi.deis, SamplerOptions(order=3)),
+    "ipndm": Sampler(multi.by_slope, multi.history(4), multi.ipndm, SamplerOptions(order=4)),
+    "lcm": Sampler(distilled.lcm, options=SamplerOptions(s_noise=1.0), draws=1),
+    "restart": Sampler(
+        restarts.restart,
+        restarts.restart_init,
+        options=SamplerOptions(s_noise=1.0),
+        draws=1,
+        ladder=restarts.restart_ladder,
+        moves_up=restarts.restarts,
+    ),
 }
+
+
+def sampler_named(name: str) -> Sampler:
+    """The row of that name. Raises ValueError for an unknown one, with the nearest names."""
+    if name not in SAMPLERS:
+        plain = name.lower().replace("+", "p").replace(" ", "_")  # "DPM++ 2M"
+        nearest = difflib.get_close_matches(plain, SAMPLERS, cutoff=0.5) or SAMPLERS
+        raise ValueError(f"unknown sampler {name!r}: the nearest are {', '.join(nearest)}")
+    return SAMPLERS[name]
+
+
+def count_draws(sampler: str | Sampler, steps: int, options: SamplerOptions | None = None) -> int:
+    """How many draws the sampler makes in so many steps, with these options: the length of `noise` in `sample`.
+
+    Those of a step to sigma 0 count, though they come to nothing (k-diffusion and ComfyUI do not make them).
+    """
+    row = sampler_named(sampler) if isinstance(sampler, str) else sampler
+    if row.only_if and getattr(options or SamplerOptions(), row.only_if) is None:
+        return 0
+    return row.moves_up(steps) if row.ladder is not None else row.draws * steps
 
 
 def sample(
     denoise: Denoise,
-    x: Float[Array, "batch *dims"],  # x0 + sigmas[0] * noise; from nothing, latents * ladder.start
+    x: Float[Array, "batch *dims"],  # x0 + sigmas[start] * noise; from nothing, latents * ladder.start
     sigmas: Float[Array | np.ndarray, " steps_plus_1"],  # descending; traced
-    sampler: str = "euler",  # a key of SAMPLERS
+    sampler: str | Sampler = "euler",  # a key of SAMPLERS, or a row of one's own
     rng: Key[Array, "*batch_or_none"] | None = None,  # a key per image, or one for all; stochastic samplers only
-    noise: Float[Array | np.ndarray, "steps batch *dims"] | None = None,  # recorded draws, in place of rng
+    noise: Float[Array | np.ndarray, "draws batch *dims"] | None = None,  # recorded draws in order, in place of rng
     callback: Callable[[Array, Array, Array], None] | None = None,  # on the host: (step, x before it, denoised)
+    options: SamplerOptions | None = None,  # None = the sampler's defaults
+    start: Int[Array, ""] | int | None = None,  # skip the steps before this one; traced. None = 0
 ) -> Float[Array, "batch *dims"]:
-    """Walks x down from sigmas[0] to sigmas[-1]. Float32 throughout, whatever the model's dtype.
+    """Walks x down from sigmas[start] to sigmas[-1]. Float32 throughout, whatever the model's dtype.
 
-    To be called within jit. Image i of a batch gets what it would get alone, given the same key. The callback is
-    only built in when given, must be the same object for the same jitted function, and may hear of steps out of order.
-    Raises ValueError for an unknown sampler, and for a stochastic one without rng or noise.
+    To be called within jit. Image i of a batch gets what it would get alone, given the same key. `noise` has the length
+    that `count_draws` says. With `start` it gives what `sigmas[start:]` and the first of the draws alone would give, at
+    the same cost, for every start by one compilation. The callback is only built in when given, must be the same object
+    for the same jitted function, counts steps from `start`, and may hear of them out of order.
+    Raises ValueError for an unknown sampler, an option that the sampler does not read, a ladder without a step, and for
+    a stochastic sampler without rng or noise.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
-    method = SAMPLERS[sampler]
-    steps = sigmas.shape[0] - 1
+    name = sampler if isinstance(sampler, str) else getattr(sampler.step, "__name__", "of one's own")
+    row = sampler_named(sampler) if isinstance(sampler, str) else sampler
     x = x.astype(state_dtype(x.dtype))
     sigmas = jnp.asarray(sigmas, x.dtype)
-    if not method.stochastic:
-        rng = noise = None
-    elif noise is not None:
-        noise = jnp.asarray(noise, x.dtype)
-        if noise.shape != (steps, *x.shape):
-            raise ValueError(f"noise has the shape {noise.shape}: {steps} steps of {x.shape} need {(steps, *x.shape)}")
-    elif rng is None:
-        raise ValueError(f"sampler {sampler!r} is stochastic: give it rng (a key per image) or noise")
-    elif rng.ndim == 0:
-        rng = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(x.shape[0]))
+    if len(sigmas) < 2:
+        raise ValueError(f"sigmas has {len(sigmas)} levels: a step needs 2")
+    draws = count_draws(row, len(sigmas) - 1, options)
+    if draws:
+        rng, noise = _noise_source(name, x, (draws, *x.shape), rng, noise)
+    options = _filled_in(name, row.options, options or SamplerOptions(), x.dtype)
+    if row.ladder is not None:
+        if start is not None:
+            raise ValueError(f"sampler {name!r} has a ladder of its own and no start: give it sigmas[start:]")
+        sigmas = row.ladder(sigmas)
+    steps, begin = len(sigmas) - 1, 0 if start is None else jnp.asarray(start, jnp.int32)
 
     def model(x, sigma):
         return denoise(x, sigma).astype(x.dtype)
 
-    def body(carry, at):
-        x, state = carry
-        index, sigma, sigma_next, drawn = at
-        if method.stochastic and drawn is None:
-            drawn = step_noise(rng, index, x.shape[1:], x.dtype)
-        x_next, denoised, state = method.step(model, x, state, sigma, sigma_next, drawn)
-        if callback is not None:
-            jax.debug.callback(callback, index, x, denoised)
-        return (x_next, state), None
+    def fresh_noise(at, draw):
+        if noise is not None:
+            return jax.lax.dynamic_slice_in_dim(noise, draw, row.draws)
+        if row.ends is not None:
+            return brownian.increments(rng, at.sigma, row.ends(at), x.shape[1:], x.dtype)
+        return jnp.stack([step_noise(rng, draw + i, x.shape[1:], x.dtype) for i in range(row.draws)])
 
-    ladder = (jnp.arange(steps), sigmas[:-1], sigmas[1:], noise)
-    (x, _), _ = jax.lax.scan(body, (x, method.init(x)), ladder)
+    def step(carry, index, sigma, sigma_next, draw, table):
+        x, state = carry
+        at = Step(index - begin, steps - begin, sigma, sigma_next, options, table)
+        if draws:
+            at = at._replace(noise=fresh_noise(at, draw))
+        x_next, denoised, state = row.step(model, x, state, at)
+        if callback is not None:
+            jax.debug.callback(callback, at.index, x, denoised)
+        return x_next, state
+
+    def body(carry, at):
+        if start is None:
+            return step(carry, *at), None
+        return jax.lax.cond(at[0] >= begin, step, lambda carry, *at: carry, carry, *at), None
+
+    index = jnp.arange(steps, dtype=jnp.int32)
+    draw = jnp.cumsum(sigmas[1:] > sigmas[:-1]) - 1 if row.ladder is not None else (index - begin) * row.draws
+    table = row.table(sigmas, options, begin) if row.table is not None else None
+    (x, _), _ = jax.lax.scan(body, (x, row.init(x)), (index, sigmas[:-1], sigmas[1:], draw, table))
     return x
+
+
+def _filled_in(name: str, defaults: SamplerOptions, given: SamplerOptions, dtype) -> SamplerOptions:
+    """The options that a sampler reads, as arrays of the state's dtype."""
+    filled = {}
+    for key, default, value in zip(SamplerOptions._fields, defaults, given, strict=True):
+        if default is None and value is not None:
+            reads = ", ".join(k for k, v in zip(SamplerOptions._fields, defaults, strict=True) if v is not None)
+            raise ValueError(f"sampler {name!r} has no option {key}: it has {reads or 'none'}")
+        if default is not None:
+            filled[key] = jnp.asarray(default if value is None else value, jnp.int32 if key == "order" else dtype)
+    if "order" in filled:
+        filled["order"] = jnp.clip(filled["order"], 1, defaults.order)
+    return SamplerOptions(**filled)
+
+
+def _noise_source(name, x, shape, rng, noise):
+    """(a key per image, None) or (None, recorded draws), checked."""
+    if noise is not None:
+        noise = jnp.asarray(noise, x.dtype)
+        if noise.shape != shape:
+            raise ValueError(f"noise has the shape {noise.shape}: sampler {name!r} needs {shape} for these steps")
+        return None, noise
+    if rng is None:
+        raise ValueError(f"sampler {name!r} is stochastic: give it rng (a key per image) or noise")
+    if rng.ndim == 0:
+        rng = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(x.shape[0]))
+    return rng, None
