@@ -150,7 +150,7 @@ SHAPES_32 = _shapes(
     32,
     vae_channels=(16, 16, 48),
     latent_channels=4,
-    # For one object the pooled prompt says enough: words are looked at on the small level alone, a third faster
+    # For one object the pooled prompt says enough: words are looked at on the small level alone
     unet=dataclasses.replace(_SHAPES_UNET, attention_blocks=(False, True)),
 )
 SHAPES_64 = _shapes(64, vae_channels=(16, 16, 32, 64), latent_channels=8, unet=_SHAPES_UNET)
