@@ -3,6 +3,7 @@
 Layout is NHWC. Compute happens in `dtype`, parameters are kept in `param_dtype`, statistics of norms are float32.
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -20,7 +21,7 @@ UNIFORM = nn.initializers.lecun_uniform()
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (Wu & He 2018) over the last axis' groups, in float32.
+    """Group normalisation (Wu & He 2018) over the last axis' groups, in float32, and a SiLU after it if asked for.
 
     Mean and variance are taken per channel first and then joined per group, so that the large tensor is only ever
     reduced along its places and then scaled: `y = x * a + b`, `a, b` of shape [batch, channels].
@@ -28,6 +29,7 @@ class GroupNorm(nn.Module):
 
     num_groups: int = 32
     epsilon: float = 1e-5
+    silu: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -52,7 +54,14 @@ class GroupNorm(nn.Module):
         variance = per_group(channel_variance + jnp.square(channel_mean - mean))
         a = jax.lax.rsqrt(variance + self.epsilon) * scale.astype(jnp.float32)[None]
         b = bias.astype(jnp.float32)[None] - mean * a
-        return (rows * a[:, None, None] + b[:, None, None]).astype(self.dtype).reshape(x.shape)
+        return _scale(rows, a, b, self.silu).astype(self.dtype).reshape(x.shape)
+
+
+@functools.partial(jax.checkpoint, static_argnums=3)
+def _scale(x, a, b, silu: bool):
+    """`y = x * a + b`, or its SiLU. The backward pass starts from `x` again: `y` is not kept in memory."""
+    y = x * a[:, None, None] + b[:, None, None]
+    return nn.silu(y) if silu else y
 
 
 # Mean and variance over the places. E[x^2] - E[x]^2 would lose all digits where the mean is far above the spread; both

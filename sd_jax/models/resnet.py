@@ -28,18 +28,19 @@ class ResnetBlock(nn.Module):
         time: Float[Array, "batch time_width"] | None = None,
     ) -> Float[Array, "batch height width features"]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        h = nn.silu(GroupNorm(self.norm_num_groups, self.epsilon, name="norm1", **types)(x))
+        h = GroupNorm(self.norm_num_groups, self.epsilon, silu=True, name="norm1", **types)(x)
         h = conv(self.features, "conv1", self)(h)
-        norm2 = GroupNorm(self.norm_num_groups, self.epsilon, name="norm2", **types)
+        scale_shift = time is not None and self.scale_shift
+        norm2 = GroupNorm(self.norm_num_groups, self.epsilon, silu=not scale_shift, name="norm2", **types)
         if time is not None:
             width = 2 * self.features if self.scale_shift else self.features
             time = dense(width, "time_emb_proj", self)(nn.silu(time))[:, None, None, :]
-        if time is not None and self.scale_shift:
+        if scale_shift:
             scale, shift = jnp.split(time, 2, axis=-1)
-            h = norm2(h) * (1 + scale) + shift
+            h = nn.silu(norm2(h) * (1 + scale) + shift)
         else:
             h = norm2(h if time is None else h + time)
-        h = conv(self.features, "conv2", self, kernel_init=ZEROS)(nn.silu(h))
+        h = conv(self.features, "conv2", self, kernel_init=ZEROS)(h)
         if x.shape[-1] != self.features:
             x = conv(self.features, "conv_shortcut", self, kernel=1)(x)
         return x + h

@@ -196,7 +196,7 @@ class UNet(nn.Module):
             h = block(h, taken, time, context)
 
         # Out
-        h = nn.silu(GroupNorm(cfg.norm_num_groups, 1e-5, name="conv_norm_out", **types)(h))
+        h = GroupNorm(cfg.norm_num_groups, 1e-5, silu=True, name="conv_norm_out", **types)(h)
         return conv(cfg.out_channels, "conv_out", self, kernel_init=ZEROS)(h)
 
 

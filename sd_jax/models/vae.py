@@ -69,7 +69,7 @@ class _Stack(nn.Module):
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
     def out(self, h, features: int):
-        h = nn.silu(GroupNorm(self.config.norm_num_groups, 1e-6, name="conv_norm_out", **self.types)(h))
+        h = GroupNorm(self.config.norm_num_groups, 1e-6, silu=True, name="conv_norm_out", **self.types)(h)
         return conv(features, "conv_out", self)(h)
 
 
