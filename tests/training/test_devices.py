@@ -8,7 +8,7 @@ FLAGS = ("--config.total_steps=20", "--config.data.num_examples=200", "--config.
 
 
 def run(workdir, *flags, devices=8):
-    doors.run("train.py", f"--config={doors.TINY}", f"--workdir={workdir}", *FLAGS, *flags, devices=devices)
+    doors.run("train.py", *doors.TINY, f"--workdir={workdir}", *FLAGS, *flags, devices=devices)
     return doors.losses(workdir)
 
 

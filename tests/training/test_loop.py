@@ -18,7 +18,7 @@ def uninterrupted(tmp_path_factory):
     """20 steps of the tiny autoencoder in one go."""
     workdir = tmp_path_factory.mktemp("run")
     steps = ("--config.total_steps=20", "--config.checkpoint_steps=5", "--config.eval_steps=10")
-    doors.run("train.py", f"--config={doors.TINY}", f"--workdir={workdir}", *SHORT, *steps)
+    doors.run("train.py", *doors.TINY, f"--workdir={workdir}", *SHORT, *steps)
     return workdir
 
 
@@ -37,14 +37,14 @@ def test_a_run_leaves_its_files(uninterrupted):
 def test_resuming_a_finished_run_changes_nothing(uninterrupted):
     before = (uninterrupted / "metrics.jsonl").read_bytes()
     flags = ("--config.total_steps=20", "--config.checkpoint_steps=5", "--config.eval_steps=10")
-    done = doors.run("train.py", f"--config={doors.TINY}", f"--workdir={uninterrupted}", *SHORT, *flags)
+    done = doors.run("train.py", *doors.TINY, f"--workdir={uninterrupted}", *SHORT, *flags)
     assert "nothing left to train" in done.stderr + done.stdout
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_killed_and_resumed_equals_uninterrupted_to_the_bit(uninterrupted, tmp_path, kills):
-    flags = [f"--config={doors.TINY}", f"--workdir={tmp_path}", *SHORT, "--config.total_steps=20"]
+    flags = [*doors.TINY, f"--workdir={tmp_path}", *SHORT, "--config.total_steps=20"]
     flags += ["--config.checkpoint_steps=5", "--config.eval_steps=10"]
     rng, killed = random.Random(kills), 0
     while killed < kills:
@@ -71,7 +71,7 @@ def _rows(workdir):
 
 
 def test_dry_run_tells_and_trains_nothing(tmp_path):
-    done = doors.run("train.py", f"--config={doors.TINY}", f"--workdir={tmp_path / 'none'}", "--dry_run")
+    done = doors.run("train.py", *doors.TINY, f"--workdir={tmp_path / 'none'}", "--dry_run")
     assert '"method": "autoencoder"' in done.stdout
     assert "vae: " in done.stdout and "parameters, trained" in done.stdout and "bytes" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("dry run: autoencoder for 2 steps")
@@ -91,7 +91,7 @@ def test_dry_run_tells_and_trains_nothing(tmp_path):
     ],
 )
 def test_a_mistake_gives_one_clear_error(tmp_path, flags, words):
-    done = doors.run("train.py", f"--config={doors.TINY}", f"--workdir={tmp_path}", *SHORT, *flags, check=False)
+    done = doors.run("train.py", *doors.TINY, f"--workdir={tmp_path}", *SHORT, *flags, check=False)
     assert done.returncode != 0
     assert words in done.stderr.strip().splitlines()[-1] or words in done.stderr
     if "total_stepps" not in words:
@@ -100,5 +100,5 @@ def test_a_mistake_gives_one_clear_error(tmp_path, flags, words):
 
 def test_a_checkpoint_of_another_architecture_is_refused(uninterrupted, tmp_path):
     flags = [f"--config.init={uninterrupted}", "--config.model.vae.latent_channels=8"]
-    done = doors.run("train.py", f"--config={doors.TINY}", f"--workdir={tmp_path}", *SHORT, *flags, check=False)
+    done = doors.run("train.py", *doors.TINY, f"--workdir={tmp_path}", *SHORT, *flags, check=False)
     assert done.returncode != 0 and "latent_channels" in done.stderr and "Traceback" not in done.stderr
