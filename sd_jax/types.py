@@ -54,11 +54,15 @@ class NoiseScheduleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """All that decides a picture, given the model. The keyword arguments of a job are these fields."""
+    """All that decides a picture, given the model and the pictures it starts from; the keyword arguments of a job.
+
+    None = the model's, the sampler's or the job's own. A job refuses a field that it does not read, unless it has its
+    default.
+    """
 
     prompt: str = ""
     negative_prompt: str = ""
-    width: int | None = None  # pixels; None = the size that the model was trained at
+    width: int | None = None  # pixels; None = that of the given picture, or what the model was trained at
     height: int | None = None
     steps: int = 20
     guidance_scale: float = 7.5  # 1 = no guidance
@@ -66,7 +70,40 @@ class Recipe:
     schedule: str = "normal"
     seed: int = 0  # image i of a batch is drawn from seed + i
     batch_size: int = 1  # pictures of this prompt
-    clip_skip: int | None = None  # as A1111 counts: 1 = last layer; None = the family's own
+    clip_skip: int | None = None  # as A1111 counts: 1 = last layer
+    prompt_syntax: str = "a1111"  # what brackets mean: a1111, comfy, or plain
+
+    # The sampler's options, of `diffusion.samplers_ode.SamplerOptions`
+    eta: float | None = None
+    s_churn: float | None = None
+    s_tmin: float | None = None
+    s_tmax: float | None = None
+    s_noise: float | None = None
+
+    # Guidance, of `diffusion.guidance.Guidance`
+    guidance_rescale: float | None = None
+    guidance_start: float = 0.0  # guided from this fraction of the steps on,
+    guidance_stop: float = 1.0  # and up to this one
+    apg_eta: float | None = None
+    apg_norm_threshold: float | None = None
+    apg_momentum: float | None = None
+
+    # Noise, of `diffusion.noise_sources`
+    noise_source: str = "threefry"  # or torch_cpu, nv: that of other programs
+    ensd: int = 0  # A1111's eta noise seed delta; not for threefry
+    variation_seed: int = 0  # image i of a batch mixes seed with variation_seed + i,
+    variation_strength: float = 0.0  # so far: 0 = seed alone, 1 = the other alone
+
+    # Jobs that start from a picture
+    strength: float | None = None  # how much of the way is walked again: 0.75, inpaint 1, hires_fix 0.6
+    strength_steps: str = "diffusers"  # how strength counts steps: diffusers, a1111 or comfy
+    only_masked: bool = False  # inpaint: work on what is around the mask, in the recipe's size
+    padding: int = 32  # inpaint: pixels around the mask that only_masked takes in
+    extend: tuple[int, int, int, int] | None = None  # inpaint: pixels to add at the left, top, right, bottom
+    scale: float | None = None  # hires_fix: how much larger the second pass is; 2
+    second_steps: int | None = None  # hires_fix: None = steps
+    upscaler: str = "bislerp"  # hires_fix: nearest, bilinear, bicubic or bislerp on latents, lanczos on the picture
+    tile: int | None = None  # pixels: denoise in overlapping tiles of this size; None = the whole at once
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
