@@ -1,8 +1,9 @@
 """The table of samplers and the one loop that runs them.
 
-A sampler sees a model only as `denoise(x, sigma) -> x0` and walks down a ladder of sigmas. The loop is a single
-`lax.scan`; everything but the sampler's name, the number of steps and which options are given is traced, so another
-ladder of the same length, another picture, another prompt or another eta does not recompile.
+A sampler sees a model only as `denoise(x, sigma) -> x0` and walks down a ladder of sigmas. The loop is a single one in
+XLA; everything but the sampler's name, the number of steps and which options are given is traced, so another ladder of
+the same length, another picture, another prompt or another eta does not recompile. `sample` walks all of it; `prepare`
+hands out the step, for who wants to stop between steps.
 
 Fresh noise comes from three places. Recorded draws, `noise[d]` being the d-th that the sampler makes, for noise made
 elsewhere; else, for the samplers that k-diffusion gives a Brownian tree, the path of `brownian.py`, which is the same
@@ -11,7 +12,7 @@ for any number of steps; else `noise.py`, keyed by image and draw.
 
 import difflib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,7 @@ class Sampler(NamedTuple):
     ends: Callable | None = None  # (at) -> sigmas: the draws are a Brownian path's increments from at.sigma to these
     ladder: Callable | None = None  # (sigmas) -> what is walked instead; draws are then made on its moves up
     moves_up: Callable = lambda steps: 0  # (steps) -> how many those are
+    calls: int = 1  # of the model in a step
 
 
 _CHURN = {
@@ -55,14 +57,18 @@ _UNI_PC = {"step": multi.uni_pc_step, "init": multi.uni_pc_init, "options": Samp
 SAMPLERS = {  # k-diffusion's and ComfyUI's names
     "euler": Sampler(ode.euler, **_CHURN),
     "euler_ancestral": Sampler(sde.euler_ancestral, **_ANCESTRAL),
-    "heun": Sampler(ode.heun, **_CHURN),
-    "heunpp2": Sampler(ode.heunpp2, table=ode.heunpp2_table, **_CHURN),
-    "dpm_2": Sampler(ode.dpm_2, **_CHURN),
-    "dpm_2_ancestral": Sampler(sde.dpm_2_ancestral, **_ANCESTRAL),
+    "heun": Sampler(ode.heun, calls=2, **_CHURN),
+    "heunpp2": Sampler(ode.heunpp2, table=ode.heunpp2_table, calls=3, **_CHURN),
+    "dpm_2": Sampler(ode.dpm_2, calls=2, **_CHURN),
+    "dpm_2_ancestral": Sampler(sde.dpm_2_ancestral, calls=2, **_ANCESTRAL),
     "lms": Sampler(multi.by_slope, multi.history(4), multi.lms, SamplerOptions(order=4)),
-    "dpmpp_2s_ancestral": Sampler(sde.dpmpp_2s_ancestral, **_ANCESTRAL),
+    "dpmpp_2s_ancestral": Sampler(sde.dpmpp_2s_ancestral, calls=2, **_ANCESTRAL),
     "dpmpp_sde": Sampler(
-        sde.dpmpp_sde, options=SamplerOptions(eta=1.0, s_noise=1.0, r=0.5), draws=2, ends=sde.dpmpp_sde_ends
+        sde.dpmpp_sde,
+        options=SamplerOptions(eta=1.0, s_noise=1.0, r=0.5),
+        draws=2,
+        ends=sde.dpmpp_sde_ends,
+        calls=2,
     ),
     "dpmpp_2m": Sampler(multi.by_denoised, multi.history(2), multi.dpmpp_2m),
     "dpmpp_2m_sde": Sampler(multi.by_denoised, multi.history(2), multi.dpmpp_2m_sde, **_BROWNIAN),
@@ -84,6 +90,7 @@ SAMPLERS = {  # k-diffusion's and ComfyUI's names
         draws=1,
         ladder=restarts.restart_ladder,
         moves_up=restarts.restarts,
+        calls=2,
     ),
 }
 
@@ -108,6 +115,71 @@ def count_draws(sampler: str | Sampler, steps: int, options: SamplerOptions | No
     return row.moves_up(steps) if row.ladder is not None else row.draws * steps
 
 
+def count_steps(sampler: str | Sampler, steps: int) -> int:
+    """How many steps the sampler takes on a ladder of so many: more only where it goes back up between."""
+    row = sampler_named(sampler) if isinstance(sampler, str) else sampler
+    return steps + row.moves_up(steps)
+
+
+class Walk(NamedTuple):
+    """A run of a sampler. `step` for every index in range(start, steps), one after the other, is the whole of it."""
+
+    carry: Any  # (x, D of the last step, the sampler's state) before the first step
+    step: Callable  # (index, carry) -> carry
+    steps: int  # those that `start` skips included
+
+
+def prepare(
+    denoise: Denoise,
+    x: Float[Array, "batch *dims"],
+    sigmas: Float[Array | np.ndarray, " steps_plus_1"],
+    sampler: str | Sampler = "euler",
+    rng: Key[Array, "*batch_or_none"] | None = None,
+    noise: Float[Array | np.ndarray, "draws batch *dims"] | None = None,
+    options: SamplerOptions | None = None,
+    start: Int[Array, ""] | int | None = None,
+) -> Walk:
+    """What `sample` walks; its arguments, and what it raises, are described there."""
+    name = sampler if isinstance(sampler, str) else getattr(sampler.step, "__name__", "of one's own")
+    row = sampler_named(sampler) if isinstance(sampler, str) else sampler
+    x = x.astype(state_dtype(x.dtype))
+    sigmas = jnp.asarray(sigmas, x.dtype)
+    if len(sigmas) < 2:
+        raise ValueError(f"sigmas has {len(sigmas)} levels: a step needs 2")
+    draws = count_draws(row, len(sigmas) - 1, options)
+    if draws:
+        rng, noise = _noise_source(name, x, (draws, *x.shape), rng, noise)
+    options = _filled_in(name, row.options, options or SamplerOptions(), x.dtype)
+    if row.ladder is not None:
+        if start is not None:
+            raise ValueError(f"sampler {name!r} has a ladder of its own and no start: give it sigmas[start:]")
+        sigmas = row.ladder(sigmas)
+    steps, begin = len(sigmas) - 1, 0 if start is None else jnp.asarray(start, jnp.int32)
+    table = row.table(sigmas, options, begin) if row.table is not None else None
+    jumps = jnp.cumsum(sigmas[1:] > sigmas[:-1]) - 1 if row.ladder is not None else None
+
+    def model(x, sigma):
+        return denoise(x, sigma).astype(x.dtype)
+
+    def fresh_noise(at, draw):
+        if noise is not None:
+            return jax.lax.dynamic_slice_in_dim(noise, draw, row.draws)
+        if row.ends is not None:
+            return brownian.increments(rng, at.sigma, row.ends(at), x.shape[1:], x.dtype)
+        return jnp.stack([step_noise(rng, draw + i, x.shape[1:], x.dtype) for i in range(row.draws)])
+
+    def step(index, carry):
+        x, _, state = carry
+        entry = jax.tree.map(lambda column: column[index], table)
+        at = Step(index - begin, steps - begin, sigmas[index], sigmas[index + 1], options, entry)
+        if draws:
+            draw = (index - begin) * row.draws if jumps is None else jumps[index]
+            at = at._replace(noise=fresh_noise(at, draw))
+        return row.step(model, x, state, at)
+
+    return Walk((x, jnp.zeros_like(x), row.init(x)), step, steps)
+
+
 def sample(
     denoise: Denoise,
     x: Float[Array, "batch *dims"],  # x0 + sigmas[start] * noise; from nothing, latents * ladder.start
@@ -128,52 +200,16 @@ def sample(
     Raises ValueError for an unknown sampler, an option that the sampler does not read, a ladder without a step, and for
     a stochastic sampler without rng or noise.
     """
-    name = sampler if isinstance(sampler, str) else getattr(sampler.step, "__name__", "of one's own")
-    row = sampler_named(sampler) if isinstance(sampler, str) else sampler
-    x = x.astype(state_dtype(x.dtype))
-    sigmas = jnp.asarray(sigmas, x.dtype)
-    if len(sigmas) < 2:
-        raise ValueError(f"sigmas has {len(sigmas)} levels: a step needs 2")
-    draws = count_draws(row, len(sigmas) - 1, options)
-    if draws:
-        rng, noise = _noise_source(name, x, (draws, *x.shape), rng, noise)
-    options = _filled_in(name, row.options, options or SamplerOptions(), x.dtype)
-    if row.ladder is not None:
-        if start is not None:
-            raise ValueError(f"sampler {name!r} has a ladder of its own and no start: give it sigmas[start:]")
-        sigmas = row.ladder(sigmas)
-    steps, begin = len(sigmas) - 1, 0 if start is None else jnp.asarray(start, jnp.int32)
+    walk = prepare(denoise, x, sigmas, sampler, rng, noise, options, start)
+    begin = 0 if start is None else start
 
-    def model(x, sigma):
-        return denoise(x, sigma).astype(x.dtype)
-
-    def fresh_noise(at, draw):
-        if noise is not None:
-            return jax.lax.dynamic_slice_in_dim(noise, draw, row.draws)
-        if row.ends is not None:
-            return brownian.increments(rng, at.sigma, row.ends(at), x.shape[1:], x.dtype)
-        return jnp.stack([step_noise(rng, draw + i, x.shape[1:], x.dtype) for i in range(row.draws)])
-
-    def step(carry, index, sigma, sigma_next, draw, table):
-        x, state = carry
-        at = Step(index - begin, steps - begin, sigma, sigma_next, options, table)
-        if draws:
-            at = at._replace(noise=fresh_noise(at, draw))
-        x_next, denoised, state = row.step(model, x, state, at)
+    def step(index, carry):
+        after = walk.step(index, carry)
         if callback is not None:
-            jax.debug.callback(callback, at.index, x, denoised)
-        return x_next, state
+            jax.debug.callback(callback, index - begin, carry[0], after[1])
+        return after
 
-    def body(carry, at):
-        if start is None:
-            return step(carry, *at), None
-        return jax.lax.cond(at[0] >= begin, step, lambda carry, *at: carry, carry, *at), None
-
-    index = jnp.arange(steps, dtype=jnp.int32)
-    draw = jnp.cumsum(sigmas[1:] > sigmas[:-1]) - 1 if row.ladder is not None else (index - begin) * row.draws
-    table = row.table(sigmas, options, begin) if row.table is not None else None
-    (x, _), _ = jax.lax.scan(body, (x, row.init(x)), (index, sigmas[:-1], sigmas[1:], draw, table))
-    return x
+    return jax.lax.fori_loop(begin, walk.steps, step, walk.carry)[0]
 
 
 def _filled_in(name: str, defaults: SamplerOptions, given: SamplerOptions, dtype) -> SamplerOptions:

@@ -173,20 +173,29 @@ def _conv_of_doubled(doubled, kernel, strides, padding, *, dimension_numbers, **
 
 
 class Upsample(nn.Module):
-    """Twice the size by nearest neighbour, then a 3x3 convolution."""
+    """Twice the size by nearest neighbour, then a 3x3 convolution.
+
+    The last row or column may be left out, for what had an odd number of them before it was halved.
+    """
 
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch height width channels"]
-    ) -> Float[Array, "batch twice_h twice_w channels"]:
+        self,
+        x: Float[Array, "batch height width channels"],
+        size: tuple[int, int] | None = None,  # of the result: twice that of x, or one less; None = twice
+    ) -> Float[Array, "batch new_height new_width channels"]:
         batch, height, width, channels = x.shape
+        doubled = (2 * height, 2 * width)
+        size = doubled if size is None else size
         x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
+        x = x.reshape(batch, *doubled, channels)[:, : size[0], : size[1]]
         # On GPUs and TPUs four small convolutions would each fill the device less well than one.
-        shortcut = {"conv_general_dilated": _conv_of_doubled} if jax.default_backend() == "cpu" else {}
-        return conv(channels, "conv", self, **shortcut)(x.reshape(batch, 2 * height, 2 * width, channels))
+        shortcut = jax.default_backend() == "cpu" and size == doubled
+        kwargs = {"conv_general_dilated": _conv_of_doubled} if shortcut else {}
+        return conv(channels, "conv", self, **kwargs)(x)
 
 
 def timestep_embedding(timesteps: Float[Array, " batch"], width: int) -> Float[Array, "batch width"]:

@@ -84,18 +84,18 @@ class MidBlock(_Block):
 
 
 class UpBlock(_Block):
-    """`layers_per_block + 1` times (join a skip, resnet, attention), then twice the size."""
+    """`layers_per_block + 1` times (join a skip, resnet, attention), then the size of the next skip, about twice."""
 
     attend: bool = True
     upsample: bool = True
 
     @nn.compact
-    def __call__(self, h, skips, time, context):
+    def __call__(self, h, skips, time, context, size):
         for i, skip in enumerate(skips):
             h = self.resnet(i)(jnp.concatenate([h, skip], axis=-1), time)
             if self.attend:
                 h = self.attention(i)(h, context)
-        return Upsample(name="upsamplers_0", **self.types)(h) if self.upsample else h
+        return Upsample(name="upsamplers_0", **self.types)(h, size) if self.upsample else h
 
 
 class TextEmbedding(nn.Module):
@@ -155,13 +155,12 @@ class UNet(nn.Module):
         timesteps: Float[Array, " batch"],
         context: Float[Array, "batch words context_width"],
     ) -> Float[Array, "batch height width out_channels"]:
-        """Height and width must be divisible by 2 to the number of downsamplings (8 for SD 1.x).
-
-        Raises ValueError where they are not, or where latents have another number of channels than the config.
-        """
+        """Of any height and width. Raises ValueError where latents have another number of channels than the config."""
         cfg = self.config
         depth = len(cfg.block_out_channels)
-        _check_input(cfg, latents)
+        if latents.shape[-1] != cfg.in_channels:
+            found = latents.shape[-1]
+            raise ValueError(f"latents have {found} channels, this U-Net takes {cfg.in_channels} (unet.in_channels)")
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         h, context = latents.astype(self.dtype), context.astype(self.dtype)
 
@@ -193,17 +192,8 @@ class UNet(nn.Module):
                 cfg, features, remat=self.remat, attend=attend, upsample=not last, name=f"up_blocks_{i}", **types
             )
             taken = [skips.pop() for _ in range(cfg.layers_per_block + 1)]
-            h = block(h, taken, time, context)
+            h = block(h, taken, time, context, skips[-1].shape[1:3] if skips else None)
 
         # Out
         h = GroupNorm(cfg.norm_num_groups, 1e-5, silu=True, name="conv_norm_out", **types)(h)
         return conv(cfg.out_channels, "conv_out", self, kernel_init=ZEROS)(h)
-
-
-def _check_input(cfg: UNetConfig, latents: Array) -> None:
-    _, height, width, channels = latents.shape
-    factor = 2 ** (len(cfg.block_out_channels) - 1)
-    if channels != cfg.in_channels:
-        raise ValueError(f"latents have {channels} channels, this U-Net takes {cfg.in_channels} (unet.in_channels)")
-    if height % factor or width % factor:
-        raise ValueError(f"latents of {height}x{width} are not divisible by {factor}: choose another width or height")

@@ -76,13 +76,18 @@ def test_group_norm_names_the_channels_that_do_not_divide():
         GroupNorm(4).init(jax.random.key(0), jnp.zeros((1, 2, 2, 6)))
 
 
-@pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 1)])
-def test_upsample_is_nearest_and_a_convolution(size, initialise):
+@pytest.mark.parametrize(
+    ("size", "new"),
+    [((4, 4), None), ((3, 5), None), ((1, 1), None), ((3, 5), (5, 9)), ((3, 5), (6, 9)), ((1, 2), (1, 4))],
+)
+def test_upsample_is_nearest_and_a_convolution(size, new, initialise):
+    """With a new size, of the picture without its last row or column: nothing is seen of what was left out."""
     x = picture(2, *size, 8)
     params = initialise(Upsample(), x)
     nearest = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    nearest = nearest if new is None else nearest[:, : new[0], : new[1]]
     expected = nn.Conv(8, (3, 3), padding=1).apply({"params": params["conv"]}, nearest)
-    np.testing.assert_allclose(Upsample().apply({"params": params}, x), expected, atol=1e-5)
+    np.testing.assert_allclose(Upsample().apply({"params": params}, x, new), expected, atol=1e-5)
 
 
 def test_downsample_pads_as_asked(initialise):

@@ -28,7 +28,7 @@ def run(params, inputs, **types):
 
 
 def test_shape_follows_the_latents(params):
-    for height, width in [(8, 8), (8, 16), (2, 6)]:
+    for height, width in [(8, 8), (8, 16), (2, 6), (9, 13), (1, 3)]:
         out = jax.eval_shape(UNet(CONFIG).apply, {"params": params}, *example(height=height, width=width))
         assert out.shape == (2, height, width, 4)
 
@@ -68,12 +68,8 @@ def test_timestep_and_context_matter_and_the_batch_does_not_mix(params):
 
 
 def test_wrong_latents_are_named():
-    for latents, message in [
-        (jnp.zeros((1, 8, 8, 3)), "latents have 3 channels, this U-Net takes 4"),
-        (jnp.zeros((1, 7, 8, 4)), "latents of 7x8 are not divisible by 2"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            UNet(CONFIG).init(jax.random.key(0), latents, jnp.zeros(1), jnp.zeros((1, 5, 32)))
+    with pytest.raises(ValueError, match="latents have 3 channels, this U-Net takes 4"):
+        UNet(CONFIG).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), jnp.zeros((1, 5, 32)))
 
 
 # Parity with diffusers
@@ -119,7 +115,10 @@ DEEP = dataclasses.replace(
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(("config", "size"), [(CONFIG, (8, 8)), (CONFIG, (8, 16)), (DEEP, (24, 8))])
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [(CONFIG, (8, 8)), (CONFIG, (8, 16)), (DEEP, (24, 8)), (CONFIG, (9, 13)), (DEEP, (9, 13))],
+)
 def test_equals_diffusers(config, size, from_torch, relative_error):
     assert parity_error(config, example(config, 2, *size), from_torch, relative_error) < 1e-5
 
