@@ -14,6 +14,10 @@ the others. Three refinements, each of which may be left out:
 
         F' = F (1 - rescale + rescale std(F_c) / std(F))                                                    (2)
 
+A prompt of several parts p, with weights w_p (A1111's AND; Liu et al. 2022, arXiv 2206.01714, Eq. 13), has
+
+    D_c = D_u + sum_p w_p (D_p - D_u)                                                                       (5)
+
 Adaptive projected guidance works on x0. It adds what is left of earlier differences (momentum below 0 takes it away,
 and so amplifies what changes from call to call), limits their length, and splits them along D_c and across it, for it
 is the part along D_c that saturates colours:
@@ -67,28 +71,32 @@ def guided(
     uncond: Any,  # the same pytree with the same shapes
     guidance: Guidance,
     rescale_in: str = "v_prediction",  # what F is in Eq. 2
-    latents: Float[Array, "batch *dims"] | None = None,  # those to be sampled; only their shape counts, for momentum
+    memory: Any = None,  # for momentum: a jax.Ref of the latents' shape in which d of Eq. 3 is kept; zeros to begin with
+    weights: Float[Array, "batch parts"] | None = None,  # of Eq. 5; `cond` then leads with batch * parts
 ) -> Denoise:
     """The guided `denoise(x, sigma)`, by one call of the model on twice the batch: uncond, then cond.
 
-    Outside the interval the model is called on cond alone, which is half the work, but the model is compiled twice.
+    Outside the interval the model is called on cond alone, which is half the work, but the model is compiled twice; a
+    prompt of parts always needs both. `memory` is updated once a call, as in diffusers and ComfyUI.
     Eq. 2 is taken on v by the paper and by ComfyUI, whatever the model predicts, and on the model's own output by
     diffusers: for that, give its prediction type as `rescale_in`.
-    Momentum is kept in a jax.Ref between calls, one update for each as in diffusers and ComfyUI: so call `guided` once
-    for each run, inside the same jit as the sampler. Raises ValueError for momentum without latents.
+    Raises ValueError for momentum without memory.
     """
+    if guidance.momentum is not None and memory is None:
+        raise ValueError("guidance with momentum remembers a difference: give it memory, a jax.Ref of zeros")
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), uncond, cond)
-    memory = None
-    if guidance.momentum is not None:
-        if latents is None:
-            raise ValueError("guidance with momentum remembers a difference of the latents' shape: give it latents")
-        memory = jax.new_ref(jnp.zeros(latents.shape, state_dtype(latents.dtype)))
 
     def on_both(x, sigma, scale):
-        x0 = denoise(jnp.concatenate([x, x]), jnp.concatenate([sigma, sigma]), both).astype(x.dtype)
-        x0_uncond, x0_cond = jnp.split(x0, 2)
-        difference = x0_cond - x0_uncond
-        if memory is not None:
+        parts = 1 if weights is None else weights.shape[1]
+        pairs = (jnp.concatenate([a, jnp.repeat(a, parts, axis=0)]) for a in (x, sigma))
+        x0_uncond, x0_parts = jnp.split(denoise(*pairs, both).astype(x.dtype), [x.shape[0]])
+        if weights is None:
+            x0_cond, difference = x0_parts, x0_parts - x0_uncond
+        else:
+            differences = x0_parts.reshape(x.shape[0], parts, *x.shape[1:]) - x0_uncond[:, None]
+            difference = jnp.einsum("bp,bp...->b...", weights.astype(x.dtype), differences)
+            x0_cond = x0_uncond + difference
+        if guidance.momentum is not None:
             difference += _number(guidance.momentum, x) * memory[...]
             memory[...] = difference
         if all(option is None for option in (guidance.eta, guidance.norm_threshold, guidance.momentum)):
@@ -109,6 +117,8 @@ def guided(
         low, high = (jnp.asarray(end, sigma.dtype) for end in guidance.interval)
         within = (low < sigma) & (sigma < high)  # for each image; outside, Eq. 1 and 4 with scale 1 are D_c
         scale = jnp.where(within.reshape(scale.shape), scale, 1)
+        if weights is not None:
+            return on_both(x, sigma, scale)
         return jax.lax.cond(within.any(), on_both, on_cond, x, sigma, scale)
 
     return guided_denoise

@@ -1,8 +1,10 @@
 """A loaded model and the jobs that it does: what `sd_jax.load` returns."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,25 @@ from jaxtyping import Float
 from sd_jax import sharding
 from sd_jax.checkpoints.load import open_checkpoint
 from sd_jax.checkpoints.save import save_checkpoint
+from sd_jax.diffusion import schedules
 from sd_jax.models.networks import Networks
 from sd_jax.models.presets import ModelSpec
-from sd_jax.models.vae import to_image
+from sd_jax.models.vae import to_image, to_pixels
+from sd_jax.names import hint
+from sd_jax.prompts.encode import encode_texts
 from sd_jax.prompts.tokenize import Tokenizer, load_tokenizer
-from sd_jax.sampling import text_to_image as job
+from sd_jax.sampling import hires_fix, image_to_image, inpaint, text_to_image
+from sd_jax.sampling.denoising import Given, Start, check_finite, count_walked
 from sd_jax.types import AnyArray, Conditioning, Image, Latents, Params, Pixels, Recipe, TokenIds
+
+# The fields that only some jobs read
+_STARTED = ("image_to_image", "inpaint", "hires_fix")
+JOBS_OF_FIELD = {
+    "strength": _STARTED,
+    "strength_steps": _STARTED,
+    **dict.fromkeys(("only_masked", "padding", "extend"), ("inpaint",)),
+    **dict.fromkeys(("scale", "second_steps", "upscaler"), ("hires_fix",)),
+}
 
 BUNDLED = pathlib.Path(__file__).parents[1] / "assets" / "shapes_64"
 
@@ -59,9 +74,16 @@ class Pipeline:
 
     # --- The parts ---------------------------------------------------------------------------------------------------
 
-    def encode_prompts(self, prompts: Sequence[str], clip_skip: int | None = None) -> Conditioning:
-        """Prompts -> the text encoder's states; words beyond its positions are dropped with a warning."""
-        return self.encode_tokens(self.tokenizer(prompts, self.spec.text_encoder.max_position_embeddings), clip_skip)
+    def encode_prompts(
+        self, prompts: Sequence[str], clip_skip: int | None = None, syntax: str = "a1111"
+    ) -> Conditioning:
+        """Prompts -> the text encoder's states, weighted and chunked as `syntax` says (a1111, comfy or plain).
+
+        Schedules and AND are text here: they take turns and add up while a picture is made.
+        """
+        encode = functools.partial(self.encode_tokens, clip_skip=clip_skip)
+        positions = self.spec.text_encoder.max_position_embeddings
+        return encode_texts(prompts, self.tokenizer, encode, positions, syntax)
 
     def encode_tokens(self, ids: TokenIds, clip_skip: int | None = None) -> Conditioning:
         """`clip_skip` as A1111 counts: 1 = last layer; None = the family's own (SD 1.x: 1)."""
@@ -80,25 +102,138 @@ class Pipeline:
         return _decode_latents(self._part("vae"), self.networks, jnp.asarray(latents))
 
     # --- Jobs --------------------------------------------------------------------------------------------------------
+    #
+    # All take the fields of a Recipe by name, and
+    #     prompt                 a string, or several, which make one batch; `batch_size` pictures of each
+    #     latents                the starting noise, unit variance, [batch, h, w, c]; None = drawn from the seed
+    #     noise                  the same by another name; or, with one axis more in front, recorded draws for a
+    #                            stochastic sampler, [draws, batch, h, w, c], see `samplers.count_draws`
+    #     conditioning           in place of prompts; negative_conditioning likewise
+    #     output                 "images": uint8 [batch, height, width, 3]; "latents": scaled, float32
+    #     callback               called on the host after each step: (step, x before it, denoised). Compiles nothing
+    #
+    # They raise ValueError, naming the field, for a recipe that cannot be made, and FloatingPointError, naming the
+    # stage, where numbers are not finite (half precision is the usual cause).
 
     def text_to_image(
         self,
-        prompt: str | Sequence[str] = "",  # several prompts make one batch, `batch_size` pictures of each
+        prompt: str | Sequence[str] = "",
         *,
-        latents: Latents | None = None,  # the starting noise, unit variance; None = drawn from the seed
-        conditioning: Conditioning | None = None,  # in place of prompts
+        latents: Latents | None = None,
+        noise: AnyArray | None = None,
+        conditioning: Conditioning | None = None,
         negative_conditioning: Conditioning | None = None,
-        output: str = "images",  # "images": uint8 [batch, height, width, 3]; "latents": scaled, float32
-        callback: Callable | None = None,  # on the host: (step, x, denoised); the same object never recompiles
-        **recipe,  # fields of sd_jax.Recipe
+        output: str = "images",
+        callback: Callable | None = None,
+        **recipe,
     ) -> np.ndarray:
-        """Pictures of a prompt. Raises ValueError, naming the field, for a recipe that cannot be made.
+        """Pictures of a prompt."""
+        made = self._recipe("text_to_image", output, recipe)
+        given = _given(latents, noise, conditioning, negative_conditioning)
+        return text_to_image.text_to_image(self, prompt, made, given, output, callback)
 
-        Raises FloatingPointError, naming the stage, where numbers are not finite (half precision is the usual cause).
+    def image_to_image(
+        self,
+        prompt: str | Sequence[str] = "",
+        *,
+        image: Any,  # a path, a PIL image, or an array: uint8 or floats in [0, 1], [height, width, 3] or a batch
+        latents: Latents | None = None,
+        noise: AnyArray | None = None,
+        conditioning: Conditioning | None = None,
+        negative_conditioning: Conditioning | None = None,
+        output: str = "images",
+        callback: Callable | None = None,
+        **recipe,  # of them: strength, strength_steps
+    ) -> np.ndarray:
+        """A picture redrawn with a prompt: the higher `strength`, the freer. Its own size unless width or height say.
+
+        Raises media.BadImage for a file that is no picture.
         """
-        return job.text_to_image(
-            self, prompt, Recipe(**recipe), latents, conditioning, negative_conditioning, output, callback
-        )
+        made = self._recipe("image_to_image", output, recipe)
+        given = _given(latents, noise, conditioning, negative_conditioning)
+        return image_to_image.image_to_image(self, prompt, made, image, given, output, callback)
+
+    def inpaint(
+        self,
+        prompt: str | Sequence[str] = "",
+        *,
+        image: Any,  # as in image_to_image
+        mask: Any = None,  # the same, or without channels, or bool: white is redrawn; None = only what `extend` adds
+        latents: Latents | None = None,
+        noise: AnyArray | None = None,
+        conditioning: Conditioning | None = None,
+        negative_conditioning: Conditioning | None = None,
+        output: str = "images",
+        callback: Callable | None = None,
+        **recipe,  # of them: strength, strength_steps, only_masked, padding, extend
+    ) -> np.ndarray:
+        """The white part of the mask redrawn; pixels where it is black come back equal to the bit.
+
+        Raises ValueError for a mask of another size than the image's, media.BadImage for a file that is no picture.
+        """
+        made = self._recipe("inpaint", output, recipe)
+        given = _given(latents, noise, conditioning, negative_conditioning)
+        return inpaint.inpaint(self, prompt, made, image, mask, given, output, callback)
+
+    def hires_fix(
+        self,
+        prompt: str | Sequence[str] = "",
+        *,
+        latents: Latents | None = None,  # these, noise and draws are for the first pass
+        noise: AnyArray | None = None,
+        conditioning: Conditioning | None = None,
+        negative_conditioning: Conditioning | None = None,
+        output: str = "images",
+        callback: Callable | None = None,
+        **recipe,  # of them: scale, second_steps, strength, strength_steps, upscaler
+    ) -> np.ndarray:
+        """Pictures `scale` times as large as width and height: made, enlarged, and denoised a part of the way again."""
+        made = self._recipe("hires_fix", output, recipe)
+        given = _given(latents, noise, conditioning, negative_conditioning)
+        return hires_fix.hires_fix(self, prompt, made, given, output, callback)
+
+    def make(self, recipe: Recipe, image: Any = None, mask: Any = None, callback: Callable | None = None) -> np.ndarray:
+        """The pictures of a recipe, by the job that it and what is given with it mean (`job_of`)."""
+        job = job_of(recipe, image, mask)
+        inputs = {"image": image} if image is not None else {}
+        inputs |= {"mask": mask} if mask is not None else {}
+        return getattr(self, job)(callback=callback, **inputs, **_fields(recipe))
+
+    def steps_of(self, recipe: Recipe, image: Any = None, mask: Any = None) -> int:
+        """How many steps `make` takes: as often as it calls its callback."""
+        job = job_of(recipe, image, mask)
+        recipe = self._recipe(job, "images", _fields(recipe))
+        if job == "hires_fix":
+            return hires_fix.count_both(self, recipe)
+        if job == "text_to_image":
+            return count_walked(self, recipe, Start((1, 1)))
+        module = inpaint if job == "inpaint" else image_to_image
+        strength = module.STRENGTH if recipe.strength is None else recipe.strength
+        return count_walked(self, recipe, Start((1, 1), clean=(), strength=strength))
+
+    def sigmas(self, schedule: str = "normal", steps: int = 20, sampler: str = "euler") -> np.ndarray:
+        """The noise levels that a job walks down, [steps + 1], descending, float32."""
+        return schedules.make_ladder(schedule, steps, self.spec.noise_schedule, sampler).sigmas
+
+    def finish(self, latents: Latents, output: str = "images") -> np.ndarray:
+        """What a job returns for its latents."""
+        if output == "latents":
+            return np.asarray(latents)
+        pixels, finite = _decode_to_pixels(self._part("vae"), self.networks, latents)
+        check_finite(finite, "decoding by the autoencoder")
+        return np.asarray(pixels)
+
+    def _recipe(self, job: str, output: str, fields: dict) -> Recipe:
+        """The recipe of a job. Raises ValueError for what does not belong into it."""
+        if output not in ("images", "latents"):
+            raise ValueError(f"output={output!r} is unknown: use images or latents")
+        unknown = sorted(set(fields) - set(_fields(Recipe())))
+        if unknown:
+            raise ValueError(f"{unknown[0]}= is no field of a recipe: {hint(unknown[0], _fields(Recipe()))}")
+        for name, jobs in JOBS_OF_FIELD.items():
+            if job not in jobs and fields.get(name, getattr(Recipe, name)) != getattr(Recipe, name):
+                raise ValueError(f"{name}={fields[name]!r} is for {' and '.join(jobs)}, not for {job}: leave it out")
+        return Recipe(**fields)
 
     def save(self, path: str | pathlib.Path, format: str = "diffusers") -> None:
         """Writes "diffusers" (a folder), "single_file" (.safetensors, CompVis layout) or "native" (a workdir)."""
@@ -113,6 +248,30 @@ class Pipeline:
                 f"this checkpoint has no {name}: load a whole one" + (" or give vae=" if name == "vae" else "")
             )
         return self.params[name]
+
+
+def job_of(recipe: Recipe, image: Any = None, mask: Any = None) -> str:
+    """The name of the job that a recipe means, with or without pictures that it starts from."""
+    if image is None:
+        if mask is not None or recipe.extend is not None:
+            raise ValueError("a mask, or extend, needs the picture that it belongs to: give an image")
+        return "text_to_image" if recipe.scale is None else "hires_fix"
+    return "image_to_image" if mask is None and recipe.extend is None else "inpaint"
+
+
+def _fields(recipe: Recipe) -> dict[str, Any]:
+    return {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+
+
+def _given(latents, noise, conditioning, negative_conditioning) -> Given:
+    draws = None
+    if noise is not None and np.ndim(noise) == 5:
+        draws = noise
+    elif noise is not None:
+        if latents is not None:
+            raise ValueError("latents and noise are both the starting noise: give one of them")
+        latents = noise
+    return Given(latents, draws, conditioning, negative_conditioning)
 
 
 def _on_device(leaf, dtype) -> jax.Array:
@@ -142,5 +301,15 @@ def _encode_image(params, networks, image):
 
 @functools.partial(sharding.jit, static_argnums=1)
 def _decode_latents(params, networks, latents):
+    return _decode(params, networks, latents)
+
+
+@functools.partial(sharding.jit, static_argnums=1)
+def _decode_to_pixels(params, networks, latents):
+    image = _decode(params, networks, latents)
+    return to_pixels(image), jnp.isfinite(image).all()
+
+
+def _decode(params, networks, latents):
     z = latents / networks.spec.vae.scaling_factor
     return networks.vae.apply({"params": params}, z, method="decode").astype(jnp.float32)

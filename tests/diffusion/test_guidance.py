@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sd_jax.diffusion.denoiser import state_dtype
 from sd_jax.diffusion.guidance import Guidance, classifier_free, guided, interval_of_steps
 from sd_jax.diffusion.noise import image_keys
 from sd_jax.diffusion.predictions import from_x0
@@ -32,8 +33,13 @@ def denoise(x, sigma, answer):
 D_COND, D_UNCOND = denoise(X, SIGMA, COND), denoise(X, SIGMA, UNCOND)
 
 
+def zeros(like):
+    """An empty memory."""
+    return jax.new_ref(jnp.zeros(like.shape, state_dtype(like.dtype)))
+
+
 def answer(guidance, sigma=SIGMA, **kwargs):
-    return guided(denoise, COND, UNCOND, guidance, latents=X, **kwargs)(X, sigma)
+    return guided(denoise, COND, UNCOND, guidance, memory=zeros(X), **kwargs)(X, sigma)
 
 
 def norm(x):
@@ -76,7 +82,7 @@ def test_rescale_gives_the_spread_of_the_prompt_alone(prediction_type):
 def test_rescale_is_finite_on_pure_noise():
     """The largest sigma of zero terminal SNR, and outputs without any spread."""
     sigma = jnp.full(3, 4518.7637)
-    assert jnp.isfinite(guided(denoise, COND, UNCOND, FULL._replace(interval=None), latents=X)(X * 4518, sigma)).all()
+    assert jnp.isfinite(guided(denoise, COND, UNCOND, FULL._replace(interval=None), memory=zeros(X))(X * 4518, sigma)).all()
     flat = guided(lambda x, sigma, c: x / (1 + 4.0) + c, 0.0 * COND, 0.0 * UNCOND, Guidance(7.0, rescale=1.0))
     assert jnp.isfinite(flat(X, jnp.asarray(2.0))).all()
 
@@ -164,7 +170,7 @@ def test_momentum_lives_from_call_to_call(sampler, order, jit):
     sigmas = np.array([9.0, 4.0, 1.0, 0.3, 0.0], np.float32)
 
     def run(x, sigmas, momentum):
-        denoiser = guided(denoise, COND, UNCOND, Guidance(5.0, momentum=momentum), latents=x)
+        denoiser = guided(denoise, COND, UNCOND, Guidance(5.0, momentum=momentum), memory=zeros(x))
         return sample(denoiser, x, sigmas, sampler)
 
     for momentum in (-0.7, 0.4, 0.0):  # a second run begins with an empty memory
@@ -174,7 +180,7 @@ def test_momentum_lives_from_call_to_call(sampler, order, jit):
 
 def test_negative_momentum_amplifies_change():
     """Two calls with differences d1, d2: the second is guided by d2 + momentum d1, for -1 by the change d2 - d1."""
-    denoiser = guided(denoise, COND, UNCOND, Guidance(2.0, momentum=-1.0), latents=X)
+    denoiser = guided(denoise, COND, UNCOND, Guidance(2.0, momentum=-1.0), memory=zeros(X))
     first, second = denoiser(X, SIGMA), denoiser(X, SIGMA)
     np.testing.assert_allclose(first, 2 * D_COND - D_UNCOND, atol=1e-5)
     np.testing.assert_allclose(second, D_COND, atol=1e-5)
@@ -186,7 +192,7 @@ def test_batch_equals_singles(sampler):
 
     @jax.jit
     def run(x, keys, cond, uncond, guidance):
-        denoiser = guided(denoise, cond, uncond, guidance, latents=x)
+        denoiser = guided(denoise, cond, uncond, guidance, memory=zeros(x))
         return sample(denoiser, x * sigmas[0], sigmas, sampler, rng=keys)
 
     keys = image_keys(0, 3)
@@ -204,7 +210,7 @@ def test_no_value_recompiles():
     @jax.jit
     def run(x, guidance):
         traces.append(1)
-        return sample(guided(denoise, COND, UNCOND, guidance, latents=x), x, np.float32([9, 3, 0]))
+        return sample(guided(denoise, COND, UNCOND, guidance, memory=zeros(x)), x, np.float32([9, 3, 0]))
 
     results = [
         run(X, Guidance(*values[:2], tuple(values[2:4]), *values[4:]))
@@ -219,17 +225,17 @@ def test_float64_and_half_precision():
     def half(x, sigma, condition):
         return denoise(x, sigma, condition).astype(jnp.bfloat16)
 
-    assert guided(half, COND, UNCOND, FULL, latents=X)(X, SIGMA).dtype == jnp.float32
-    assert guided(denoise, COND, UNCOND, FULL, latents=X)(X.astype(jnp.bfloat16), SIGMA).dtype == jnp.float32
+    assert guided(half, COND, UNCOND, FULL, memory=zeros(X))(X, SIGMA).dtype == jnp.float32
+    assert guided(denoise, COND, UNCOND, FULL, memory=zeros(X))(X.astype(jnp.bfloat16), SIGMA).dtype == jnp.float32
     with jax.enable_x64(True):
         double = [jnp.asarray(np.float64(a)) for a in (COND, UNCOND, X, SIGMA)]
-        got = guided(denoise, double[0], double[1], FULL, latents=double[2])(*double[2:])
+        got = guided(denoise, double[0], double[1], FULL, memory=zeros(double[2]))(*double[2:])
         assert got.dtype == jnp.float64
     np.testing.assert_allclose(answer(FULL), got, rtol=1e-5, atol=1e-5)
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="momentum remembers .*: give it latents"):
+    with pytest.raises(ValueError, match="momentum remembers .*: give it memory"):
         guided(denoise, COND, UNCOND, Guidance(momentum=0.5))
     with pytest.raises(ValueError, match="unknown prediction_type 'velocity'"):
         answer(Guidance(rescale=1.0), rescale_in="velocity")
@@ -238,3 +244,16 @@ def test_mistakes_are_named():
 def test_classifier_free_is_guided_with_a_scale():
     ours = classifier_free(denoise, COND, UNCOND, jnp.float32(3.0))(X, SIGMA)
     np.testing.assert_array_equal(ours, answer(Guidance(jnp.float32(3.0))))
+
+
+def test_parts_of_a_prompt_add_up():
+    """Eq. 5 by hand, one image whose second part weighs nothing; a single part of weight 1 is the plain answer."""
+    weights = jnp.asarray([[1.0, 0.5], [1.0, 0.0], [0.7, -1.2]])
+    parts = jnp.stack([COND, 2 * COND], 1)  # [batch, parts, ...]
+    both = parts.reshape(-1, *COND.shape[1:])
+    got = guided(denoise, both, UNCOND, Guidance(3.0), weights=weights)(X, SIGMA)
+    d_parts = [denoise(X, SIGMA, parts[:, p]) for p in range(2)]
+    wanted = D_UNCOND + 3 * sum(weights[:, p, None, None, None] * (d_parts[p] - D_UNCOND) for p in range(2))
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    one = guided(denoise, COND, UNCOND, FULL, memory=zeros(X), weights=jnp.ones((3, 1)))(X, SIGMA)
+    np.testing.assert_allclose(one, answer(FULL), rtol=1e-4, atol=1e-4)

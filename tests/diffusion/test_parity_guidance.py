@@ -1,5 +1,6 @@
 """Guidance against diffusers' guiders; what ComfyUI's nodes compute is restated here."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,7 +34,8 @@ def recorded(guidance, pairs, prediction_type="sample", x=X, **kwargs):
         return to_x0(prediction_type, jnp.concatenate([jnp.asarray(uncond), jnp.asarray(cond)]), x, sigma)
 
     nothing = jnp.zeros(len(x))
-    denoiser = guided(denoise, nothing, nothing, guidance, latents=jnp.asarray(x), **kwargs)
+    memory = jax.new_ref(jnp.zeros(x.shape, jnp.float32))
+    denoiser = guided(denoise, nothing, nothing, guidance, memory=memory, **kwargs)
     x0s = [denoiser(jnp.asarray(x), jnp.asarray(SIGMA)) for _ in pairs]
     return [from_x0(prediction_type, x0, jnp.asarray(x), jnp.asarray(SIGMA)) for x0 in x0s]
 

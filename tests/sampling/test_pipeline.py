@@ -90,7 +90,7 @@ def test_image_to_latents_and_back(pipe):
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        ({"width": 36}, "width=36 is not a multiple of 8"),
+        ({"width": 30}, "width=30 is not a multiple of 4"),
         ({"sampler": "eular"}, "eular"),
         ({"schedule": "carras"}, "carras"),
         ({"steps": 0}, "steps"),

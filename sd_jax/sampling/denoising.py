@@ -1,0 +1,371 @@
+"""The middle of every job: prompts, noise and a place to start from, to latents, in one compiled walk.
+
+A job that starts from a picture skips the first steps of the ladder, as its strength says. Three programs count the
+steps in three ways (`strength_steps`), for n steps and strength s:
+
+    diffusers   the last int(n s) steps are walked
+    a1111       the last int(n min(s, 0.999)) + 1; in the second pass of hires_fix as comfy
+    comfy       n steps are walked, the last of a ladder of int(n / s)
+
+The compiled walk takes its first and its last step as arguments. So strength compiles nothing, and someone who looks on
+(a progress bar, previews) gets the same program, called once for each step.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sd_jax import sharding
+from sd_jax.diffusion import guidance, noise, noise_sources, samplers, schedules
+from sd_jax.diffusion.denoiser import make_denoiser
+from sd_jax.diffusion.inpainting import within_mask
+from sd_jax.diffusion.samplers_ode import SamplerOptions
+from sd_jax.models.networks import Networks
+from sd_jax.prompts.encode import EncodedPrompt, encode_prompts, match_tokens
+from sd_jax.sampling.tiles import tiled_denoiser
+from sd_jax.types import AnyArray, Conditioning, Latents, Params, Recipe
+
+if TYPE_CHECKING:
+    from sd_jax.sampling.pipeline import Pipeline
+
+
+class Start(NamedTuple):
+    """Where a walk begins; all sizes are those of latents."""
+
+    size: tuple[int, int]  # height, width
+    clean: Latents | None = None  # the picture's, for the whole batch or one for all; None = from nothing
+    strength: float = 1.0  # how much of the ladder is walked; only with `clean`
+    mask: Float[AnyArray, "batch_or_1 h w 1"] | None = None  # 1 = redrawn, 0 = kept as in `clean`
+    concat: Float[AnyArray, "batch_or_1 h w extra"] | None = None  # what an inpainting U-Net sees beside the latents
+    from_noise: bool = False  # begin with noise alone, although there is a picture
+    first_pass_steps: int | None = None  # in the second pass of hires_fix
+
+
+class Given(NamedTuple):
+    """What a caller may hand to a job in place of what the recipe would make."""
+
+    latents: Latents | None = None  # the starting noise, unit variance
+    draws: Float[AnyArray, "draws batch h w c"] | None = None  # recorded noise of a stochastic sampler
+    conditioning: Conditioning | None = None
+    negative_conditioning: Conditioning | None = None
+
+
+def denoise(
+    pipe: "Pipeline",
+    prompt: str | Sequence[str],
+    recipe: Recipe,
+    start: Start,
+    given: Given,
+    callback: Callable | None = None,
+) -> Latents:
+    """Latents of the pictures, float32. Raises ValueError, naming the field, for what cannot be made."""
+    row = samplers.sampler_named(recipe.sampler)
+    ladder, begin = plan(pipe, recipe, start)
+    options = SamplerOptions(**{name: _number(getattr(recipe, name, None)) for name in SamplerOptions._fields})
+
+    # Prompts
+    calls = row.calls * recipe.steps
+    base = None if start.first_pass_steps is None else row.calls * start.first_pass_steps
+    positive = _encoded(pipe, [prompt] if isinstance(prompt, str) else prompt, recipe, calls, base, given.conditioning)
+    if given.conditioning is None:
+        positive = positive.repeat(recipe.batch_size)
+    if start.clean is not None and len(positive.index) == 1:
+        positive = positive.repeat(len(start.clean))
+    batch = len(positive.index)
+    guided = float(recipe.guidance_scale) != 1.0 or not positive.is_single
+    negative = None
+    if guided:
+        texts = [recipe.negative_prompt]
+        negative = _encoded(pipe, texts, recipe, calls, base, given.negative_conditioning, negative=True)
+        negative = negative.repeat(batch) if len(negative.index) == 1 else negative
+        if len(negative.index) != batch:
+            raise ValueError(f"negative_conditioning holds {len(negative.index)} prompts, the prompts are {batch}")
+        positive, negative = match_tokens(positive, negative)
+
+    # Noise
+    shape = (*start.size, pipe.spec.vae.latent_channels)
+    keys, latents, draws = _noise(recipe, shape, batch, samplers.count_draws(row, len(ladder.sigmas) - 1, options), row)
+    latents = latents if given.latents is None else _for_each(given.latents, batch, "latents")
+    draws = draws if given.draws is None else given.draws
+    if latents.shape[1:] != shape:
+        raise ValueError(f"latents have the shape {latents.shape[1:]}, pictures of this size {shape}")
+
+    # Walk
+    carry = _begin(
+        latents,
+        None if start.clean is None else _for_each(start.clean, batch, "image"),
+        ladder,
+        np.int32(begin),
+        np.bool_(start.from_noise),
+        sampler=recipe.sampler,
+        momentum=recipe.apg_momentum is not None,
+    )
+    run = _Run(
+        ladder=ladder,
+        begin=None if row.ladder else np.int32(begin),
+        contexts=_table(positive, negative),
+        rows=_rows(positive.index),
+        negative_rows=None if negative is None else _rows(negative.index, offset=len(positive.contexts)),
+        weights=None if positive.is_single else np.asarray(positive.weights),
+        guidance=_guidance(recipe, ladder.sigmas[begin:]),
+        options=options,
+        keys=keys,
+        draws=draws,
+        noise=None if start.mask is None else latents,
+        clean=None if start.mask is None else _for_each(start.clean, batch, "image"),
+        mask=None if start.mask is None else _for_each(start.mask, batch, "mask"),
+        concat=None if start.concat is None else _for_each(start.concat, batch, "image"),
+    )
+    walk = functools.partial(
+        _walk,
+        pipe._part("unet"),
+        run,
+        networks=pipe.networks,
+        sampler=recipe.sampler,
+        tile=_tile(pipe, recipe, start),
+    )
+    steps = samplers.count_steps(row, len(ladder.sigmas) - 1)
+    if callback is None:
+        carry = walk(carry, np.int32(begin), np.int32(steps))
+    else:
+        for step in range(begin, steps):
+            before = carry.sampler[0]
+            carry = walk(carry, np.int32(step), np.int32(step + 1))
+            callback(step - begin, before, carry.sampler[1])
+    latents, finite = _end(carry.sampler[0], ladder.end)
+    check_finite(finite, "denoising")
+    return latents
+
+
+def plan(pipe: "Pipeline", recipe: Recipe, start: Start) -> tuple[schedules.Ladder, int]:
+    """The ladder and the first step that is walked, for `strength_steps` of the recipe. Raises ValueError."""
+    steps, strength = recipe.steps, start.strength
+    if start.clean is None:
+        return _ladder(pipe, recipe, steps), 0
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength={strength:g}: more than 0 and at most 1 is needed")
+    fixed = recipe.strength_steps == "comfy"
+    if recipe.strength_steps == "a1111":
+        strength, fixed = min(strength, 0.999), start.first_pass_steps is not None
+    elif recipe.strength_steps not in ("comfy", "diffusers"):
+        raise ValueError(f"strength_steps={recipe.strength_steps!r} is unknown: use diffusers, a1111 or comfy")
+    ladder = _ladder(pipe, recipe, int(steps / strength) if fixed else steps)
+    length = len(ladder.sigmas) - 1
+    if fixed:
+        walked = min(steps, length)
+    else:
+        walked = int(length * strength) + (recipe.strength_steps == "a1111")
+    if walked < 1:
+        raise ValueError(f"strength={strength:g} of steps={steps} leaves no step to walk: raise one of them")
+    begin = length - walked
+    if samplers.sampler_named(recipe.sampler).ladder:  # which is made from what is walked alone
+        return ladder._replace(sigmas=ladder.sigmas[begin:]), 0
+    return ladder, begin
+
+
+def count_walked(pipe: "Pipeline", recipe: Recipe, start: Start) -> int:
+    """How many steps of the sampler `denoise` takes."""
+    ladder, begin = plan(pipe, recipe, start)
+    return samplers.count_steps(recipe.sampler, len(ladder.sigmas) - 1) - begin
+
+
+def check_finite(finite: Array, stage: str) -> None:
+    if not bool(finite):
+        raise FloatingPointError(f"{stage} gave numbers that are not finite: use dtype=float32 or bfloat16")
+
+
+# -- What the walk is given ------------------------------------------------------------------------------------------
+
+
+def _ladder(pipe, recipe, steps):
+    return schedules.make_ladder(recipe.schedule, steps, pipe.spec.noise_schedule, recipe.sampler)
+
+
+def _encoded(pipe, prompts, recipe, calls, base_calls, conditioning, negative=False) -> EncodedPrompt:
+    """Prompts, or conditioning in their place: one row of the table for each picture, the same at every call."""
+    if conditioning is not None:
+        batch = len(conditioning.context)
+        index = np.broadcast_to(np.arange(batch, dtype=np.int32)[:, None, None], (batch, 1, calls))
+        pooled = None if conditioning.pooled is None else np.asarray(conditioning.pooled)
+        return EncodedPrompt(np.asarray(conditioning.context), pooled, index, np.ones((batch, 1), np.float32))
+    encode = functools.partial(pipe.encode_tokens, clip_skip=recipe.clip_skip)
+    positions = pipe.spec.text_encoder.max_position_embeddings
+    return encode_prompts(prompts, pipe.tokenizer, encode, positions, calls, recipe.prompt_syntax, negative, base_calls)
+
+
+def _table(positive: EncodedPrompt, negative: EncodedPrompt | None) -> AnyArray:
+    both = (positive,) if negative is None else (positive, negative)
+    return np.concatenate([np.asarray(each.contexts) for each in both])
+
+
+def _rows(index: AnyArray, offset: int = 0) -> AnyArray:
+    """[batch * parts, calls]: rows of the table."""
+    index = np.asarray(index, np.int32)
+    return index.reshape(-1, index.shape[-1]) + np.int32(offset)
+
+
+def _noise(recipe, shape, batch, num_draws, row):
+    """(keys, the starting noise, the sampler's draws or None for those of the keys)."""
+    mixed = recipe.variation_strength != 0
+    seeds = [recipe.seed + (0 if mixed else i) for i in range(batch)]
+    keys = jnp.concatenate([noise.image_keys(seed, 1) for seed in seeds])
+    if recipe.noise_source != "threefry":
+        made = [
+            noise_sources.webui_noise(
+                recipe.noise_source,
+                seed,
+                shape,
+                0 if row.ends else num_draws,
+                recipe.ensd,
+                recipe.variation_seed + i,
+                recipe.variation_strength,
+            )
+            for i, seed in enumerate(seeds)
+        ]
+        draws = None if row.ends or not num_draws else np.stack([d for _, d in made], axis=1)
+        return keys, np.stack([first for first, _ in made]), draws
+    if recipe.ensd:
+        raise ValueError(f"ensd={recipe.ensd} is for noise_source torch_cpu and nv: threefry has no such generator")
+    if not mixed:
+        return keys, _starting_noise(keys, shape), None
+    first, other = (
+        np.asarray(_starting_noise(k, shape)) for k in (keys, noise.image_keys(recipe.variation_seed, batch))
+    )
+    pairs = zip(first.transpose(0, 3, 1, 2), other.transpose(0, 3, 1, 2), strict=True)
+    between = [noise_sources.slerp(a, b, recipe.variation_strength) for a, b in pairs]
+    return keys, np.stack(between).transpose(0, 2, 3, 1), None
+
+
+def _guidance(recipe: Recipe, sigmas) -> guidance.Guidance:
+    interval = None
+    if (recipe.guidance_start, recipe.guidance_stop) != (0.0, 1.0):
+        interval = guidance.interval_of_steps(sigmas, recipe.guidance_start, recipe.guidance_stop)
+    return guidance.Guidance(
+        _number(recipe.guidance_scale),
+        _number(recipe.guidance_rescale),
+        interval,
+        _number(recipe.apg_eta),
+        _number(recipe.apg_norm_threshold),
+        _number(recipe.apg_momentum),
+    )
+
+
+def _number(value):
+    return None if value is None else np.float32(value)
+
+
+def _for_each(array, batch, name):
+    """One for all, or one for each picture."""
+    array = jnp.asarray(array)
+    if len(array) not in (1, batch):
+        raise ValueError(f"{name} holds {len(array)} pictures, the prompts ask for {batch}")
+    return jnp.broadcast_to(array, (batch, *array.shape[1:]))
+
+
+def _tile(pipe, recipe, start) -> int | None:
+    """The side of a tile in latents."""
+    if recipe.tile is None:
+        return None
+    factor = pipe.spec.vae.downscale
+    if recipe.tile < 4 * factor or recipe.tile % factor:
+        raise ValueError(f"tile={recipe.tile}: a multiple of {factor} pixels is needed, at least {4 * factor}")
+    if start.concat is not None:
+        raise ValueError(f"tile={recipe.tile}: a U-Net made for inpainting denoises the whole picture at once")
+    return recipe.tile // factor
+
+
+# -- The walk --------------------------------------------------------------------------------------------------------
+
+
+class _Carry(NamedTuple):
+    """What is kept between steps."""
+
+    sampler: Any  # (x, D of the last step, the sampler's state)
+    call: Int[Array, ""]  # how often the denoiser was called
+    momentum: Float[Array, "batch h w c"] | None  # of the guidance
+
+
+class _Run(NamedTuple):
+    """What stays the same; all of it traced."""
+
+    ladder: schedules.Ladder
+    begin: Any  # the first step; None = 0, for samplers that make their own ladder
+    contexts: Any  # [texts, tokens, width]
+    rows: Any  # of contexts, [batch * parts, calls]
+    negative_rows: Any  # [batch, calls]; None = without guidance
+    weights: Any  # of the parts, [batch, parts]; None = one part of weight 1
+    guidance: guidance.Guidance
+    options: SamplerOptions
+    keys: Any
+    draws: Any
+    noise: Any  # with a mask: the starting noise
+    clean: Any
+    mask: Any
+    concat: Any
+
+
+# A program of its own: so the same noise, given by hand, makes the same picture to the bit
+_starting_noise = functools.partial(sharding.jit, static_argnums=1)(noise.starting_noise)
+
+
+@functools.partial(sharding.jit, static_argnames=("sampler", "momentum"))
+def _begin(latents, clean, ladder, begin, from_noise, *, sampler, momentum):
+    """The carry before the first step."""
+    latents = latents.astype(jnp.float32)
+    x = latents * ladder.start
+    if clean is not None:
+        x = jnp.where(from_noise, x, clean.astype(jnp.float32) + ladder.sigmas[begin] * latents)
+    state = (x, jnp.zeros_like(x), samplers.sampler_named(sampler).init(x))
+    return _Carry(state, jnp.zeros((), jnp.int32), jnp.zeros_like(x) if momentum else None)
+
+
+@functools.partial(sharding.jit, static_argnames=("networks", "sampler", "tile"))
+def _walk(
+    params: Params, run: _Run, carry: _Carry, first, last, *, networks: Networks, sampler: str, tile: int | None
+) -> _Carry:
+    """Steps first to last - 1. Only shapes, the sampler and which options are given compile anew."""
+    call = jax.new_ref(carry.call)
+    momentum = None if carry.momentum is None else jax.new_ref(carry.momentum)
+
+    def predict(model_input, timesteps, told):
+        rows, concat = told
+        context = run.contexts[rows[:, jnp.minimum(call[...], rows.shape[1] - 1)]]
+        if concat is not None:
+            model_input = jnp.concatenate([model_input, concat.astype(model_input.dtype)], axis=-1)
+        return networks.unet.apply({"params": params}, model_input, timesteps, context)
+
+    model = make_denoiser(predict, networks.spec.noise_schedule)
+    if tile is not None:
+        model = tiled_denoiser(model, tile, tile // 4)
+    parts = 1 if run.weights is None else run.weights.shape[1]
+    told = run.rows, None if run.concat is None else jnp.repeat(run.concat, parts, axis=0)
+    if run.negative_rows is None:
+        bound = guidance.conditioned(model, told)
+    else:
+        untold = run.negative_rows, run.concat
+        rescale_in = networks.spec.noise_schedule.prediction_type
+        bound = guidance.guided(model, told, untold, run.guidance, rescale_in, momentum, run.weights)
+    if run.mask is not None:
+        bound = within_mask(bound, run.clean, run.noise, run.mask)
+
+    def counted(x, sigma):
+        denoised = bound(x, sigma)
+        call[...] = call[...] + 1
+        return denoised
+
+    walk = samplers.prepare(
+        counted, carry.sampler[0], run.ladder.sigmas, sampler, run.keys, run.draws, run.options, run.begin
+    )
+    state = jax.lax.fori_loop(first, last, walk.step, carry.sampler)
+    return _Carry(state, call[...], None if momentum is None else momentum[...])
+
+
+@sharding.jit
+def _end(x, factor):
+    latents = x * factor
+    return latents, jnp.isfinite(latents).all()

@@ -1,0 +1,54 @@
+"""Hires fix: a picture in the size that the model was trained at, enlarged, then denoised a part of the way again."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sd_jax.sampling import canvas
+from sd_jax.sampling.denoising import Given, Start, count_walked, denoise
+from sd_jax.sampling.image_to_image import encoded
+from sd_jax.sampling.resize import METHODS, resize_latents
+from sd_jax.sampling.text_to_image import latent_size
+
+if TYPE_CHECKING:
+    from sd_jax.sampling.pipeline import Pipeline
+    from sd_jax.types import Recipe
+
+STRENGTH, SCALE = 0.6, 2.0
+
+
+def hires_fix(pipe: "Pipeline", prompt, recipe: "Recipe", given: Given, output: str, callback) -> np.ndarray:
+    """The job behind `Pipeline.hires_fix`, whose docstring says what the arguments are."""
+    first, second, again = _passes(pipe, recipe)
+    small = denoise(pipe, prompt, recipe, first, given, callback)
+    if recipe.upscaler == "lanczos":
+        factor = pipe.spec.vae.downscale
+        height, width = (side * factor for side in second.size)
+        clean = encoded(pipe, canvas.resize(pipe.finish(small, "images"), height, width))
+    else:
+        clean = resize_latents(small, *second.size, recipe.upscaler)
+    if callback is not None:
+        walked, told = count_walked(pipe, recipe, first), callback
+        callback = lambda step, x, denoised: told(walked + step, x, denoised)  # noqa: E731
+    given = given._replace(latents=None, draws=None)  # which have the first size
+    return pipe.finish(denoise(pipe, prompt, again, second._replace(clean=clean), given, callback), output)
+
+
+def count_both(pipe: "Pipeline", recipe: "Recipe") -> int:
+    """How many steps of the sampler both passes take."""
+    first, second, again = _passes(pipe, recipe)
+    return count_walked(pipe, recipe, first) + count_walked(pipe, again, second._replace(clean=()))
+
+
+def _passes(pipe, recipe) -> tuple[Start, Start, "Recipe"]:
+    """The first start, the second one without its picture, and the recipe of the second pass."""
+    scale = SCALE if recipe.scale is None else recipe.scale
+    if scale <= 1:
+        raise ValueError(f"scale={scale:g}: more than 1 is needed")
+    if recipe.upscaler not in (*METHODS, "lanczos"):
+        raise ValueError(f"upscaler={recipe.upscaler!r} is unknown: use {', '.join(METHODS)} or lanczos")
+    size = latent_size(pipe.spec, recipe)
+    strength = STRENGTH if recipe.strength is None else recipe.strength
+    second = Start(tuple(round(side * scale) for side in size), None, strength, first_pass_steps=recipe.steps)
+    return Start(size), second, dataclasses.replace(recipe, steps=recipe.second_steps or recipe.steps)

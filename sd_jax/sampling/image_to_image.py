@@ -1,0 +1,34 @@
+"""Image to image: a picture is encoded, noised to a part of the way, and denoised with a prompt (Meng et al. 2022)."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sd_jax.models.vae import to_image
+from sd_jax.sampling import canvas
+from sd_jax.sampling.denoising import Start, denoise
+from sd_jax.types import Latents
+
+if TYPE_CHECKING:
+    from sd_jax.sampling.pipeline import Pipeline
+    from sd_jax.types import Recipe
+
+STRENGTH = 0.75
+
+
+def image_to_image(pipe: "Pipeline", prompt, recipe: "Recipe", image, given, output: str, callback) -> np.ndarray:
+    """The job behind `Pipeline.image_to_image`, whose docstring says what the arguments are."""
+    return pipe.finish(denoise(pipe, prompt, recipe, start_of(pipe, recipe, image), given, callback), output)
+
+
+def start_of(pipe: "Pipeline", recipe: "Recipe", image) -> Start:
+    """The picture in the recipe's size, by default its own, as latents."""
+    pixels = canvas.read_pixels(image)
+    height, width = recipe.height or pixels.shape[1], recipe.width or pixels.shape[2]
+    pixels = canvas.resize(pixels, *canvas.fit_size(height, width, pipe.spec.vae.downscale))
+    clean = encoded(pipe, pixels)
+    return Start(clean.shape[1:3], clean, STRENGTH if recipe.strength is None else recipe.strength)
+
+
+def encoded(pipe: "Pipeline", pixels) -> Latents:
+    return pipe.encode_image(to_image(pixels))
