@@ -5,11 +5,14 @@ One of the sizes may be -1: it takes the devices that the others leave.
 """
 
 import functools
+import os
+import pathlib
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -110,3 +113,17 @@ def jit(function: Callable | None = None, *, once: bool = False, **kwargs):
 
     call.lower = lambda *args, **keywords: jitted().lower(*args, **keywords)
     return call
+
+
+def keep_compilations() -> None:
+    """Keeps compiled programs in the user's cache folder, so that the next start of the same job compiles nothing.
+
+    `sd_jax.load` and training call it. A folder of the user's own (JAX_COMPILATION_CACHE_DIR, or jax.config) stays, and
+    JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache) / "sd_jax" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # else half of the programs are left out
+    compilation_cache.reset_cache()  # what was compiled before in this process has switched it off

@@ -45,6 +45,7 @@ def load(
     weights: str = "ema",  # "ema" (raw where there is none) or "raw"
 ) -> "Pipeline":
     """Opens a checkpoint of any kind. Raises FileNotFoundError or CheckpointError, naming the file and the mend."""
+    sharding.keep_compilations()
     checkpoint = open_checkpoint(BUNDLED if path is None else path, weights=weights, vae=vae, dtype=dtype)
     return Pipeline(checkpoint.spec, checkpoint.params, tokenizer or checkpoint.tokenizer, dtype)
 

@@ -51,6 +51,7 @@ def train(
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path | None, dry_run: bool, started: float, journal: Journal) -> None:
+    sharding.keep_compilations()
     method = method_of(config)
     mesh = sharding.make_mesh(config.mesh.to_dict())
     optimizer = make_optimizer(config)
