@@ -6,7 +6,7 @@ A text of n chunks (`chunks.py`) becomes n * positions states z. Weights w, one 
     comfy   z' = z_empty + w (z - z_empty), z_empty the states of the empty prompt                           (2)
 
 A1111 takes the means of Eq. 1 over all texts of a schedule at once; here each chunk has its own, so that a text has one
-encoding whatever else is encoded. Where mean(z) is next to nothing Eq. 1 divides by chance, and z' = w z: `_restoring`.
+encoding whatever else is encoded. Where mean(z) is nothing but rounding, z' = w z.
 
 Texts of unequal length get one number of tokens, in four ways that A1111 and ComfyUI have:
 - `encode_texts`, and the texts of one schedule: empty prompts follow (comfy: see the last);

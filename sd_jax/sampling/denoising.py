@@ -127,7 +127,7 @@ def denoise(
         run,
         networks=pipe.networks,
         sampler=recipe.sampler,
-        tile=_tile(pipe, recipe, start),
+        tile=_tile(pipe, recipe),
     )
     steps = samplers.count_steps(row, len(ladder.sigmas) - 1)
     if callback is None:
@@ -267,15 +267,13 @@ def _for_each(array, batch, name):
     return jnp.broadcast_to(array, (batch, *array.shape[1:]))
 
 
-def _tile(pipe, recipe, start) -> int | None:
+def _tile(pipe, recipe) -> int | None:
     """The side of a tile in latents."""
     if recipe.tile is None:
         return None
     factor = pipe.spec.vae.downscale
     if recipe.tile < 4 * factor or recipe.tile % factor:
         raise ValueError(f"tile={recipe.tile}: a multiple of {factor} pixels is needed, at least {4 * factor}")
-    if start.concat is not None:
-        raise ValueError(f"tile={recipe.tile}: a U-Net made for inpainting denoises the whole picture at once")
     return recipe.tile // factor
 
 
@@ -341,7 +339,9 @@ def _walk(
 
     model = make_denoiser(predict, networks.spec.noise_schedule)
     if tile is not None:
-        model = tiled_denoiser(model, tile, tile // 4)
+        model = tiled_denoiser(
+            model, tile, cut=lambda told, of_tile: (told[0], None if told[1] is None else of_tile(told[1]))
+        )
     parts = 1 if run.weights is None else run.weights.shape[1]
     told = run.rows, None if run.concat is None else jnp.repeat(run.concat, parts, axis=0)
     if run.negative_rows is None:

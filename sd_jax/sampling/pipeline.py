@@ -23,6 +23,7 @@ from sd_jax.prompts.encode import encode_texts
 from sd_jax.prompts.tokenize import Tokenizer, load_tokenizer
 from sd_jax.sampling import hires_fix, image_to_image, inpaint, text_to_image
 from sd_jax.sampling.denoising import Given, Start, check_finite, count_walked
+from sd_jax.sampling.tiles import choose_tile, decode_tiled, encode_tiled, free_memory
 from sd_jax.types import AnyArray, Conditioning, Image, Latents, Params, Pixels, Recipe, TokenIds
 
 # The fields that only some jobs read
@@ -95,12 +96,27 @@ class Pipeline:
         return _predict(self._part("unet"), self.networks, jnp.asarray(latents), jnp.asarray(timesteps), conditioning)
 
     def encode_image(self, image: Image | Pixels) -> Latents:
-        """uint8 pixels, or floats in [-1, 1], NHWC -> scaled latents, the mean of the posterior."""
-        return _encode_image(self._part("vae"), self.networks, jnp.asarray(image))
+        """uint8 pixels, or floats in [-1, 1], NHWC -> scaled latents, the mean of the posterior.
+
+        This and `decode_latents` work in overlapping tiles where memory would not do for the whole.
+        """
+        encode = functools.partial(_encode_image, self._part("vae"), self.networks)
+        tile = self._tile_for(image.shape[0], *image.shape[1:3])
+        if tile is None:
+            return encode(jnp.asarray(image))
+        return jnp.asarray(encode_tiled(encode, image, self.spec.vae.downscale, tile))
 
     def decode_latents(self, latents: Latents) -> Image:
         """Scaled latents -> image, about [-1, 1], float32, not clipped."""
-        return _decode_latents(self._part("vae"), self.networks, jnp.asarray(latents))
+        decode = functools.partial(_decode_latents, self._part("vae"), self.networks)
+        factor = self.spec.vae.downscale
+        tile = self._tile_for(latents.shape[0], *(side * factor for side in latents.shape[1:3]))
+        return (
+            decode(jnp.asarray(latents)) if tile is None else jnp.asarray(decode_tiled(decode, latents, factor, tile))
+        )
+
+    def _tile_for(self, batch: int, height: int, width: int) -> int | None:
+        return choose_tile(self.spec.vae, height, width, batch, free_memory())
 
     # --- Jobs --------------------------------------------------------------------------------------------------------
     #
@@ -220,7 +236,7 @@ class Pipeline:
         """What a job returns for its latents."""
         if output == "latents":
             return np.asarray(latents)
-        pixels, finite = _decode_to_pixels(self._part("vae"), self.networks, latents)
+        pixels, finite = _to_pixels(self.decode_latents(latents))
         check_finite(finite, "decoding by the autoencoder")
         return np.asarray(pixels)
 
@@ -302,15 +318,10 @@ def _encode_image(params, networks, image):
 
 @functools.partial(sharding.jit, static_argnums=1)
 def _decode_latents(params, networks, latents):
-    return _decode(params, networks, latents)
-
-
-@functools.partial(sharding.jit, static_argnums=1)
-def _decode_to_pixels(params, networks, latents):
-    image = _decode(params, networks, latents)
-    return to_pixels(image), jnp.isfinite(image).all()
-
-
-def _decode(params, networks, latents):
     z = latents / networks.spec.vae.scaling_factor
     return networks.vae.apply({"params": params}, z, method="decode").astype(jnp.float32)
+
+
+@sharding.jit
+def _to_pixels(image):
+    return to_pixels(image), jnp.isfinite(image).all()

@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from sd_jax.models.networks import Networks
@@ -10,14 +11,12 @@ from sd_jax.sampling.pipeline import Pipeline
 
 def random_params(spec, seed=0):
     """Every parameter random: fresh networks end in zeros, which would hide what conditions them."""
-    networks, params = Networks.of(spec), {}
-    for i, part in enumerate(("unet", "vae", "text_encoder")):
-        shapes = jax.eval_shape(lambda key, part=part: networks.init(part, key), jax.random.key(0))
-        leaves, tree = jax.tree.flatten(shapes)
-        keys = jax.random.split(jax.random.key(seed + i), len(leaves))
-        drawn = [0.1 * jax.random.normal(key, leaf.shape, jnp.float32) for key, leaf in zip(keys, leaves, strict=True)]
-        params[part] = jax.tree.unflatten(tree, drawn)
-    return params
+    networks, rng = Networks.of(spec), np.random.default_rng(seed)
+    draw = lambda leaf: jnp.asarray(0.1 * rng.standard_normal(leaf.shape), jnp.float32)  # noqa: E731
+    return {
+        part: jax.tree.map(draw, jax.eval_shape(lambda key, part=part: networks.init(part, key), jax.random.key(0)))
+        for part in ("unet", "vae", "text_encoder")
+    }
 
 
 @pytest.fixture(scope="session")

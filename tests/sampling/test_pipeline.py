@@ -125,16 +125,3 @@ def test_a_single_file_takes_a_tokenizer(pipe, tmp_path):
     np.testing.assert_array_equal(pipe.text_to_image("a star", **FEW), again.text_to_image("a star", **FEW))
     with pytest.raises(FileNotFoundError, match="--tokenizer"):
         sd_jax.load(tmp_path / "model.safetensors").text_to_image("a star", **FEW)
-
-
-def test_pictures_carry_their_recipe(pipe, tmp_path):
-    from sd_jax.sampling.recipe import write_pictures
-    from sd_jax.types import Recipe
-
-    recipe = Recipe(prompt="a star", seed=4, batch_size=2, **FEW)
-    paths = write_pictures(tmp_path / "out", pipe.text_to_image(**recipe.to_dict()), recipe, None)
-    assert [path.name for path in paths] == ["00000.png", "00001.png", "sheet.png"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000.png", "00001.png", "sheet.png"]
-    with Image.open(paths[1]) as picture:
-        assert "Steps: 3, Sampler: euler, Schedule type: normal, CFG scale: 3, Seed: 5" in picture.text["parameters"]
-        assert '"seed": 5' in picture.text["sd_jax"]
