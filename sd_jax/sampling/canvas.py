@@ -25,8 +25,8 @@ logger = getLogger(__name__)
 def read_pixels(image: Any) -> Pixels:
     """uint8 [batch, height, width, 3] of a path, a PIL image, or an array with or without a batch.
 
-    Arrays, JAX's too, are uint8 or floats in [0, 1]. Transparency is laid over white. Raises BadImage for a file that
-    is no picture, ValueError for an array that is none.
+    Arrays, JAX's too, are uint8, floats in [0, 1], or images in [-1, 1] that go below 0, as the autoencoder has them.
+    Transparency is laid over white. Raises BadImage for a file that is no picture, ValueError for an array that is none.
     """
     if isinstance(image, str | pathlib.Path):
         return media.decode_image(image)[None]
@@ -36,11 +36,13 @@ def read_pixels(image: Any) -> Pixels:
     array = array[None] if array.ndim == 3 else array
     if array.ndim != 4 or array.shape[-1] != 3 or not array.size:
         raise ValueError(f"image has the shape {np.shape(image)}: give [height, width, 3], or a batch of such")
+    if jnp.issubdtype(array.dtype, jnp.floating) and -1 <= array.min() < 0:
+        array = (array.astype(np.float32) + 1) / 2
     return _to_uint8(array, "image")
 
 
 def read_mask(
-    mask: Any,  # as for `read_pixels`; arrays also without channels, with one, or bool
+    mask: Any,  # as for `read_pixels`; arrays also without channels or with one, and of bool or whole 0 and 1
     height: int,  # of the picture that it belongs to
     width: int,
 ) -> Mask:
@@ -65,9 +67,9 @@ def read_mask(
     if array.shape[1:3] != (height, width):
         found = f"{array.shape[2]}x{array.shape[1]}"
         raise ValueError(f"mask is {found} pixels, the image {width}x{height}: make them of one size")
-    array = array.astype(np.uint8) * np.uint8(255) if array.dtype == bool else _to_uint8(array, "mask")
-    if array.max(initial=0) == 1:
-        raise ValueError("mask holds nothing above 1 of 255: give white as 255, or 0 and 1 as bool or floats")
+    if not jnp.issubdtype(array.dtype, jnp.floating) and array.size and 0 <= array.min() and array.max() <= 1:
+        array = array.astype(np.uint8) * np.uint8(255)  # bool, or 0 and 1 in whole numbers
+    array = _to_uint8(array, "mask")
     return array.mean(-1, dtype=np.float32, keepdims=True) / np.float32(255)
 
 

@@ -82,7 +82,9 @@ def test_rescale_gives_the_spread_of_the_prompt_alone(prediction_type):
 def test_rescale_is_finite_on_pure_noise():
     """The largest sigma of zero terminal SNR, and outputs without any spread."""
     sigma = jnp.full(3, 4518.7637)
-    assert jnp.isfinite(guided(denoise, COND, UNCOND, FULL._replace(interval=None), memory=zeros(X))(X * 4518, sigma)).all()
+    assert jnp.isfinite(
+        guided(denoise, COND, UNCOND, FULL._replace(interval=None), memory=zeros(X))(X * 4518, sigma)
+    ).all()
     flat = guided(lambda x, sigma, c: x / (1 + 4.0) + c, 0.0 * COND, 0.0 * UNCOND, Guidance(7.0, rescale=1.0))
     assert jnp.isfinite(flat(X, jnp.asarray(2.0))).all()
 
