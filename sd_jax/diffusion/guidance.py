@@ -71,7 +71,7 @@ def guided(
     uncond: Any,  # the same pytree with the same shapes
     guidance: Guidance,
     rescale_in: str = "v_prediction",  # what F is in Eq. 2
-    memory: Any = None,  # for momentum: a jax.Ref of the latents' shape in which d of Eq. 3 is kept; zeros to begin with
+    memory: Any = None,  # for momentum: a jax.Ref of the latents' shape, zeros at first, that keeps d of Eq. 3
     weights: Float[Array, "batch parts"] | None = None,  # of Eq. 5; `cond` then leads with batch * parts
 ) -> Denoise:
     """The guided `denoise(x, sigma)`, by one call of the model on twice the batch: uncond, then cond.

@@ -26,7 +26,7 @@ def read_pixels(image: Any) -> Pixels:
     """uint8 [batch, height, width, 3] of a path, a PIL image, or an array with or without a batch.
 
     Arrays, JAX's too, are uint8, floats in [0, 1], or images in [-1, 1] that go below 0, as the autoencoder has them.
-    Transparency is laid over white. Raises BadImage for a file that is no picture, ValueError for an array that is none.
+    Transparency is laid over white. Raises BadImage for a file that is no picture, ValueError for such an array.
     """
     if isinstance(image, str | pathlib.Path):
         return media.decode_image(image)[None]
