@@ -1,30 +1,45 @@
 """Makes pictures: python sample.py --checkpoint=PATH --prompt="...". Without --checkpoint the bundled model draws.
 
-Writes OUT/00000.png, 00001.png, ..., each carrying its recipe, and OUT/sheet.png.
+Writes OUT/00000.png, 00001.png, ..., each carrying its recipe, and OUT/sheet.png. A flag for every field of a recipe;
+what is not given has the field's default, or the model's own.
+
+    --init_image=PICTURE [--mask=PICTURE]        start from a picture; redraw it where the mask is white
+    --recipe=PICTURE                             make that picture again; other flags win over its recipe
+    --grid="sampler=euler,heun;steps=10,20"      a picture for each combination, and OUT/grid.png in place of the sheet
+    --prompts_file=FILE --batch_size=8           a picture for each line, eight at a time
 """
 
-import dataclasses
 import pathlib
 import sys
 
 from absl import app, flags
 
+from sd_jax.media import FORMATS
+from sd_jax.sampling.recipe import FIELDS, kind_of, read_value, wanted
 from sd_jax.types import Recipe
 
-flags.DEFINE_string(
-    "checkpoint", None, "A workdir, a diffusers folder or a .safetensors file; none = the bundled model."
-)
+LOADING = {
+    "checkpoint": "A workdir, a diffusers folder or a .safetensors file; none = the bundled model.",
+    "dtype": "Of weights and computation: float32, bfloat16 or float16.",
+    "tokenizer": "A folder or hub name, for files without one.",
+    "vae": "Another checkpoint to take the autoencoder from.",
+    "weights": "ema: the averaged weights, or raw: those of the last step.",
+}
+for name, text in LOADING.items():
+    flags.DEFINE_string(name, {"dtype": "float32", "weights": "ema"}.get(name), text)
+flags.DEFINE_string("init_image", None, "The picture to start from.")
+flags.DEFINE_string("mask", None, "White where the picture is redrawn; of its size.")
+flags.DEFINE_string("recipe", None, "A picture to make again, of ours or of A1111.")
+flags.DEFINE_string("grid", None, "Up to three axes: field=value,value;field=first-last (+step).")
+flags.DEFINE_string("prompts_file", None, "A prompt a line.")
 flags.DEFINE_string("out", "samples", "The folder that pictures are written to.")
-flags.DEFINE_string("dtype", "float32", "Of weights and computation: float32, bfloat16 or float16.")
-flags.DEFINE_string("tokenizer", None, "A folder or hub name, for files without one.")
-flags.DEFINE_string("vae", None, "Another checkpoint to take the autoencoder from.")
-flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "The averaged weights, or those of the last step.")
+flags.DEFINE_enum("format", "png", FORMATS, "Of the pictures.")
+flags.DEFINE_bool("previews", False, "Whether OUT/preview.png shows what is being made.")
 
-# A flag for every field of a Recipe; what is not given has the field's default, or the model's own
-_KINDS = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
-for field in dataclasses.fields(Recipe):
-    kind = field.type if field.type in _KINDS else int  # the optional fields are whole numbers
-    _KINDS[kind](field.name, field.default, f"Recipe: {field.name}.")
+for name in FIELDS:  # as text, which is checked by `read_value`: "none" takes a value back that a recipe has
+    kind, default = kind_of(name)[0], getattr(Recipe, name)
+    define, default = (flags.DEFINE_bool, default) if kind is bool else (flags.DEFINE_string, str(default).lower())
+    define(name, default, f"Recipe: {wanted(name)}.")
 
 
 def main(argv: list[str]) -> None:
@@ -32,15 +47,26 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     options = flags.FLAGS
 
-    from sd_jax.sampling.pipeline import load
-    from sd_jax.sampling.recipe import StepBar, write_pictures
+    def given(names) -> dict:
+        return {name: getattr(options, name) for name in names if options[name].present}
 
-    recipe = Recipe(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)})
+    from sd_jax.sampling.command import Order, carry_out
+
     try:
-        pipe = load(options.checkpoint, options.dtype, options.tokenizer, options.vae, options.weights)
-        with StepBar(recipe.steps) as bar:
-            images = pipe.text_to_image(**recipe.to_dict(), callback=bar.step)
-        for path in write_pictures(pathlib.Path(options.out), images, recipe, options.checkpoint):
+        fields = {name: read_value(name, str(value)) for name, value in given(FIELDS).items()}
+        order = Order(
+            fields,
+            given(LOADING),
+            image=options.init_image,
+            mask=options.mask,
+            recipe=options.recipe,
+            grid=options.grid,
+            prompts_file=options.prompts_file,
+            out=pathlib.Path(options.out),
+            format=options.format,
+            previews=options.previews,
+        )
+        for path in carry_out(order):
             print(path)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

@@ -15,6 +15,7 @@ PACKAGE = "sd_jax"
 # A room is a folder of the package, or one of the single files at its top. Rooms on one floor are strangers.
 FLOORS = {
     "types": 0,
+    "names": 0,
     "config": 1,
     "trees": 1,
     "media": 1,

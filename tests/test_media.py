@@ -166,15 +166,89 @@ def test_missing_file(tmp_path):
 # -- Out -------------------------------------------------------------------------------------------------------------
 
 
-def test_png_carries_text(tmp_path):
+TEXT = {"parameters": "a cat, 猫 naïve 🐈\nSteps: 20, Seed: 3", "sd_jax": '{"prompt": "a cat, \\u732b"}'}
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.JPEG", "a.webp"])
+def test_pictures_carry_text(tmp_path, name):
     pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
-    text = {"parameters": "a cat\nSteps: 20, Seed: 3", "sd_jax": '{"prompt": "猫 naïve"}'}
-    media.write_png(tmp_path / "new" / "a.png", pixels, text)
-    assert media.read_png_text(tmp_path / "new" / "a.png") == text
-    np.testing.assert_array_equal(decode_image(tmp_path / "new" / "a.png"), pixels)
+    media.write_picture(tmp_path / "new" / name, pixels, TEXT)
+    assert media.read_text(tmp_path / "new" / name) == TEXT
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [name]
+    again = decode_image(tmp_path / "new" / name).astype(int)
+    assert again.shape == pixels.shape and np.abs(again - pixels).max() <= (0 if name[2:] in ("png", "webp") else 40)
+
+
+def test_png_carries_any_text(tmp_path):
+    text = {"parameters": "a cat", "sd_jax": '{"prompt": "猫 naïve"}', "workflow": "{}"}
+    media.write_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8), text)
+    assert media.read_text(tmp_path / "a.png") == text
+
+
+def test_pictures_without_text(tmp_path):
+    for ending in media.FORMATS:
+        media.write_picture(tmp_path / f"a.{ending}", np.zeros((4, 4, 3), np.uint8), {})
+        assert media.read_text(tmp_path / f"a.{ending}") == {}
+
+
+def test_what_cannot_be_written_or_read(tmp_path):
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"a\.gif: pictures are written as png, jpg, webp"):
+        media.write_picture(tmp_path / "a.gif", pixels, {})
+    with pytest.raises(ValueError, match="EXIF has no place for text named workflow"):
+        media.write_picture(tmp_path / "a.webp", pixels, {"workflow": "{}"})
+    with pytest.raises(ValueError, match=r"a\.jpg: 66.* bytes of text are more than a JPEG holds: write png or webp"):
+        media.write_picture(tmp_path / "a.jpg", pixels, {"parameters": "x" * 33_000})
+    assert list(tmp_path.iterdir()) == []
     (tmp_path / "b.png").write_bytes(b"words")
-    with pytest.raises(BadImage, match=r"b\.png"):
-        media.read_png_text(tmp_path / "b.png")
+    with pytest.raises(BadImage, match=r"b\.png: not a picture"):
+        media.read_text(tmp_path / "b.png")
+    with pytest.raises(BadImage, match=r"none\.png: cannot be read \(No such file"):
+        media.read_text(tmp_path / "none.png")
+    media.write_png(tmp_path / "cut.png", np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8), {})
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:900])
+    with pytest.raises(BadImage, match=r"cut\.png"):
+        media.read_text(tmp_path / "cut.png")
+
+
+def exif_entries(data: bytes, at: int) -> dict[int, tuple[int, bytes]]:
+    """{tag: (type, value)} of a directory of big-endian EXIF, read by hand."""
+    entries = {}
+    (count,) = struct.unpack_from(">H", data, at)
+    for i in range(count):
+        tag, kind, length, place = struct.unpack_from(">HHLL", data, at + 2 + 12 * i)
+        entries[tag] = kind, data[place : place + length] if kind != 4 else struct.pack(">L", place)
+    return entries
+
+
+@pytest.mark.parametrize("format", ["jpg", "webp"])
+def test_exif_is_laid_out_as_piexif_reads_it(tmp_path, format):
+    media.write_picture(tmp_path / f"a.{format}", np.zeros((4, 4, 3), np.uint8), {"parameters": "猫", "sd_jax": "{}"})
+    with Image.open(tmp_path / f"a.{format}") as image:
+        data = image.info["exif"].removeprefix(b"Exif\0\0")
+    assert data[:8] == b"MM\0*\0\0\0\x08"
+    first = exif_entries(data, 8)
+    assert first[0x010E][0] == 2 and first[0x010E][1].rstrip(b"\0") == b"{}"
+    (second,) = struct.unpack(">L", first[0x8769][1])
+    assert exif_entries(data, second) == {0x9286: (7, b"UNICODE\0" + "猫".encode("utf-16-be"))}
+
+
+@pytest.mark.parametrize(
+    "comment",
+    [
+        b"UNICODE\0" + "Steps: 2, é".encode("utf-16-be"),
+        b"UNICODE\0" + "Steps: 2, é".encode("utf-16-le"),
+        b"UNICODE\0" + "Steps: 2, é".encode("utf-16"),
+        b"ASCII\0\0\0" + "Steps: 2, é".encode(),
+        b"\0" * 8 + "Steps: 2, é\0".encode(),
+        "Steps: 2, é".encode(),
+    ],
+)
+def test_comments_of_other_programs(tmp_path, comment):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = comment
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg", exif=exif)
+    assert media.read_text(tmp_path / "a.jpg") == {"parameters": "Steps: 2, é"}
 
 
 def test_contact_sheet_places_every_picture():
@@ -206,3 +280,32 @@ def test_contact_sheet_enlarges_small_pictures_and_sets_captions():
 def test_words_wider_than_a_line_are_broken():
     sheet = media.contact_sheet(np.zeros((1, 128, 128, 3), np.uint8), ["a" * 60])
     assert sheet.shape[0] > 128 + 3 * 12 and (sheet[140:, -6:] == 255).all()
+
+
+def test_labelled_grid_places_every_picture():
+    colours = np.array([RED, GREEN, BLUE, (255, 0, 9), (200, 100, 0), (0, 99, 9)], np.uint8).reshape(1, 2, 3, 3)
+    pixels = np.broadcast_to(colours[:, :, :, None, None], (1, 2, 3, 32, 48, 3)).copy()
+    plain = media.labelled_grid(pixels, [""], ["", ""], ["", "", ""], scale=1)
+    assert plain.shape == (6 + 2 * 38 + 6, 6 + 3 * 54 + 6, 3)
+    for row in range(2):
+        for column in range(3):
+            top, left = 6 + 38 * row, 6 + 54 * column
+            assert (plain[top : top + 32, left : left + 48] == colours[0, row, column]).all()
+
+
+def test_labels_stand_at_their_pictures():
+    pixels = np.full((2, 2, 3, 128, 128, 3), RED, np.uint8)
+    table = media.labelled_grid(pixels, ["first", "second"], ["above", ""], ["", "right", ""])
+    inked, red = (table < 100).all(-1), (table == RED).all(-1)
+    rows, columns = np.flatnonzero(red.any(1)), np.flatnonzero(red.any(0))
+    top, left = rows[0], columns[0]
+    assert not (inked & red).any()
+    assert inked[top : top + 128, :left].any() and not inked[top + 134 : top + 262, :left].any()
+    assert inked[:top, left + 134 : left + 262].any()
+    assert not inked[top - 10 : top, left : left + 128].any()
+    ends = np.flatnonzero(np.diff(rows) > 1)
+    second = rows[ends[1] + 1]
+    assert len(ends) == 3  # one block above the other
+    assert second - top > 2 * 134 and inked[top + 262 : second].any()
+    with pytest.raises(ValueError, match="1 row_labels for 2 rows"):
+        media.labelled_grid(pixels, ["", ""], [""], ["", "", ""])

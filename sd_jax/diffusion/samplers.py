@@ -10,7 +10,6 @@ elsewhere; else, for the samplers that k-diffusion gives a Brownian tree, the pa
 for any number of steps; else `noise.py`, keyed by image and draw.
 """
 
-import difflib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from sd_jax import names
 from sd_jax.diffusion import brownian
 from sd_jax.diffusion import samplers_distilled as distilled
 from sd_jax.diffusion import samplers_multistep as multi
@@ -98,8 +98,7 @@ SAMPLERS = {  # k-diffusion's and ComfyUI's names
 def sampler_named(name: str) -> Sampler:
     """The row of that name. Raises ValueError for an unknown one, with the nearest names."""
     if name not in SAMPLERS:
-        plain = name.lower().replace("+", "p").replace(" ", "_")  # "DPM++ 2M"
-        nearest = difflib.get_close_matches(plain, SAMPLERS, cutoff=0.5) or SAMPLERS
+        nearest = names.nearest(name, SAMPLERS) or SAMPLERS
         raise ValueError(f"unknown sampler {name!r}: the nearest are {', '.join(nearest)}")
     return SAMPLERS[name]
 

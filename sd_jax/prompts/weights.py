@@ -11,12 +11,13 @@ Semantics: A1111 stable-diffusion-webui 1.6 and later, modules/prompt_parser.py;
 """
 
 import dataclasses
-import difflib
 import math
 import re
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
+
+from sd_jax import names
 
 ROUND, SQUARE = 1.1, 1 / 1.1  # what a pair of brackets without a number multiplies by
 
@@ -60,9 +61,7 @@ def parse(text: str, syntax: str = "a1111") -> list[Piece]:
 
 def syntax_named(name: str) -> Syntax:
     if name not in SYNTAXES:
-        near = difflib.get_close_matches(name.lower(), SYNTAXES, 1)
-        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(SYNTAXES)}"
-        raise ValueError(f"prompt_syntax={name!r} is unknown: {hint}")
+        raise ValueError(f"prompt_syntax={name!r} is unknown: {names.hint(name, SYNTAXES)}")
     return SYNTAXES[name]
 
 

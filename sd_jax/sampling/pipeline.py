@@ -209,12 +209,20 @@ class Pipeline:
         given = _given(latents, noise, conditioning, negative_conditioning)
         return hires_fix.hires_fix(self, prompt, made, given, output, callback)
 
-    def make(self, recipe: Recipe, image: Any = None, mask: Any = None, callback: Callable | None = None) -> np.ndarray:
+    def make(
+        self,
+        recipe: Recipe,
+        image: Any = None,
+        mask: Any = None,
+        callback: Callable | None = None,
+        prompts: Sequence[str] | None = None,  # one batch of several, in place of the recipe's
+    ) -> np.ndarray:
         """The pictures of a recipe, by the job that it and what is given with it mean (`job_of`)."""
         job = job_of(recipe, image, mask)
         inputs = {"image": image} if image is not None else {}
         inputs |= {"mask": mask} if mask is not None else {}
-        return getattr(self, job)(callback=callback, **inputs, **_fields(recipe))
+        fields = _fields(recipe) | ({} if prompts is None else {"prompt": prompts})
+        return getattr(self, job)(callback=callback, **inputs, **fields)
 
     def steps_of(self, recipe: Recipe, image: Any = None, mask: Any = None) -> int:
         """How many steps `make` takes: as often as it calls its callback."""

@@ -1,69 +1,239 @@
-"""Pictures that carry their recipe, and the bar that shows them being made."""
+"""Pictures that carry their recipe: what is written into each, and how it is read again.
 
+A picture has two texts (`media.write_picture` says where in the file). One is A1111's infotext, for other programs. The
+other is ours, JSON: the fields of its Recipe, those of its Origin, and
+
+    batch     {"size", "index"}: where it was in a batch that was made at once; null where it was made alone. Images of
+              a batch do not depend on each other, but matrix products of another shape round otherwise: to get the same
+              bits, the whole batch is made again. "prompts": those of the batch, where they are not all the same
+    prompts   of a sheet of several prompts: all of them
+    grid      of a grid: its axes, [{"field", "values"}, ...]
+"""
+
+import dataclasses
+import hashlib
 import json
 import pathlib
+import platform
+import sys
+import types as python_types
+import typing
+from logging import getLogger
+from typing import Any
 
-import numpy as np
-from tqdm import tqdm
+from sd_jax import media
+from sd_jax.sampling import infotext
+from sd_jax.types import Recipe
 
-from sd_jax import media, types
+logger = getLogger(__name__)
 
-RECIPE_KEY = "sd_jax"  # the PNG text chunk that holds the whole recipe as JSON
-PARAMETERS_KEY = "parameters"  # the one that A1111 and its kin read
+FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
 
 
-def parameters_text(recipe: types.Recipe, seed: int, width: int, height: int) -> str:
-    """A1111's infotext: prompt, negative prompt, then `key: value` pairs in its order."""
-    lines = [recipe.prompt]
-    if recipe.negative_prompt:
-        lines.append(f"Negative prompt: {recipe.negative_prompt}")
-    pairs = {
-        "Steps": recipe.steps,
-        "Sampler": recipe.sampler,
-        "Schedule type": recipe.schedule,
-        "CFG scale": f"{recipe.guidance_scale:g}",
-        "Seed": seed,
-        "Size": f"{width}x{height}",
+# -- Values as text --------------------------------------------------------------------------------------------------
+
+
+def kind_of(field: str) -> tuple[type, bool]:
+    """The type of a Recipe's field (str, int, float, bool or tuple), and whether it may be None."""
+    hint = typing.get_type_hints(Recipe)[field]
+    options = typing.get_args(hint) if isinstance(hint, python_types.UnionType) else (hint,)
+    kind = next(option for option in options if option is not python_types.NoneType)
+    return typing.get_origin(kind) or kind, python_types.NoneType in options
+
+
+def wanted(field: str) -> str:
+    """What a person may type for it, in words."""
+    kind, optional = kind_of(field)
+    return _WANTED[kind] + (" or none" if optional else "")
+
+
+_WANTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false", tuple: "left,top,right,bottom"}
+
+
+def read_value(field: str, text: str) -> Any:
+    """The value of a Recipe's field as a person types it; "none" is None. Raises ValueError, naming the field."""
+    kind, optional = kind_of(field)
+    if optional and text.strip().lower() == "none":
+        return None
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.strip().lower()]
+        if kind is tuple:
+            left, top, right, bottom = map(int, text.split(","))
+            return left, top, right, bottom
+        return kind(text)
+    except (KeyError, ValueError):
+        raise ValueError(f"{field}={text!r}: {wanted(field)} is needed") from None
+
+
+# -- What is written -------------------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    import jax
+    import jaxlib
+
+    ours = sys.modules[__name__.split(".")[0]].__version__
+    return {
+        "sd_jax": ours,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "python": platform.python_version(),
     }
-    if (recipe.clip_skip or 1) > 1:
-        pairs["Clip skip"] = recipe.clip_skip
-    return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in pairs.items())])
 
 
-def write_pictures(
-    folder: pathlib.Path,
-    images: np.ndarray,  # uint8 [batch, height, width, 3]
-    recipe: types.Recipe,
-    checkpoint: str | None,  # as the user named it; None = the bundled model
-) -> list[pathlib.Path]:
-    """Writes 00000.png, 00001.png, ... and sheet.png into `folder`; returns their paths. Each names its seed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    height, width = images.shape[1:3]
-    paths = []
-    for i, pixels in enumerate(images):
-        own = {**recipe.to_dict(), "seed": recipe.seed + i, "batch_size": 1, "width": width, "height": height}
-        text = {
-            PARAMETERS_KEY: parameters_text(recipe, recipe.seed + i, width, height),
-            RECIPE_KEY: json.dumps({**own, "checkpoint": checkpoint}),
-        }
-        paths.append(folder / f"{i:05d}.png")
-        media.write_png(paths[-1], pixels, text)
-    sheet = media.contact_sheet(images, captions=[recipe.prompt] * len(images))
-    media.write_png(folder / "sheet.png", sheet, {PARAMETERS_KEY: parameters_text(recipe, recipe.seed, width, height)})
-    return [*paths, folder / "sheet.png"]
+def platform_name() -> str:
+    """What computes, e.g. "cpu x86_64" or "gpu NVIDIA H100"."""
+    import jax
+
+    device = jax.devices()[0]
+    return f"{device.platform} {platform.machine() if device.platform == 'cpu' else device.device_kind}"
 
 
-class StepBar:
-    """A progress bar of sampler steps; `step` is the callback that a job takes."""
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """All that decides a picture besides its recipe."""
 
-    def __init__(self, steps: int):
-        self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True)
+    job: str = "text_to_image"
+    checkpoint: str | None = None  # as it was named; None = the bundled model
+    checkpoint_hash: str | None = None  # of `hash_of_weights`
+    dtype: str = "float32"  # this and what follows: as given to `load`
+    tokenizer: str | None = None
+    vae: str | None = None
+    vae_hash: str | None = None
+    weights: str = "ema"
+    adapters: list = dataclasses.field(default_factory=list)
+    image: dict[str, str] | None = None  # {"path", "sha256"} of what it was made from, and of the mask
+    mask: dict[str, str] | None = None
+    versions: dict[str, str] = dataclasses.field(default_factory=versions)
+    platform: str = dataclasses.field(default_factory=platform_name)
 
-    def step(self, index, x, denoised) -> None:
-        self._bar.update(1)
 
-    def __enter__(self) -> "StepBar":
-        return self
+def own_recipe(recipe: Recipe, index: int, prompt: str | None = None) -> Recipe:
+    """That of one picture of a batch, made alone. prompt: its own, None = the recipe's."""
+    moved = "variation_seed" if recipe.variation_strength > 0 else "seed"
+    moved = {moved: getattr(recipe, moved) + index}
+    return dataclasses.replace(recipe, batch_size=1, prompt=recipe.prompt if prompt is None else prompt, **moved)
 
-    def __exit__(self, *exception) -> None:
-        self._bar.close()
+
+def whole_recipe(recipe: Recipe, batch: dict[str, Any]) -> Recipe:
+    """That of the batch in which a picture was made: `own_recipe` undone."""
+    whole = own_recipe(recipe, -batch["index"])
+    return whole if "prompts" in batch else dataclasses.replace(whole, batch_size=batch["size"])
+
+
+def texts(recipe: Recipe, origin: Origin, size: tuple[int, int], **more: Any) -> dict[str, str]:
+    """What a picture carries. size: its width and height; more: batch, prompts or grid."""
+    from sd_jax.sampling.pipeline import BUNDLED
+
+    width, height = size if recipe.scale is None else (None, None)  # A1111 tells the size of the first pass
+    sized = dataclasses.replace(recipe, width=recipe.width or width, height=recipe.height or height)
+    parameters = infotext.write(
+        sized,
+        _name(origin.checkpoint or str(BUNDLED)),
+        origin.checkpoint_hash,
+        None if origin.vae is None else _name(origin.vae),
+        origin.vae_hash,
+        f"sd_jax {origin.versions['sd_jax']}",
+    )
+    record = {**dataclasses.asdict(recipe), **dataclasses.asdict(origin), "batch": None, **more}
+    return {media.PARAMETERS: parameters, media.RECIPE: json.dumps(record)}
+
+
+def _name(path: str) -> str:
+    """As A1111 shows a model: the name of its file or folder."""
+    return pathlib.Path(path).absolute().name.removesuffix(".safetensors")
+
+
+# -- What is read ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a picture says of itself."""
+
+    recipe: Recipe
+    origin: Origin | None = None  # None: not made by us
+    batch: dict[str, Any] | None = None  # see above, as the next two
+    prompts: list[str] | None = None
+    grid: list[dict[str, Any]] | None = None
+    model: str | None = None  # of a picture not made by us: the name of the model, and the short hash of its file
+    model_hash: str | None = None
+
+
+def read_recipe(path: str | pathlib.Path) -> Recipe:
+    """The recipe of a picture: a PNG, JPEG or WebP of ours, or of A1111 and its kin. Raises as `read_record` does."""
+    return read_record(path).recipe
+
+
+def read_record(path: str | pathlib.Path) -> Record:
+    """All that a picture says of itself; a warning is logged for what is not understood.
+
+    Raises media.BadImage where the file is no picture, or carries no recipe.
+    """
+    text = media.read_text(path)
+    ours = _json(text.get(media.RECIPE))
+    if ours is not None:
+        return _read_ours(ours, path)
+    if media.PARAMETERS not in text:
+        raise media.BadImage(str(path), "carries no recipe: neither ours nor A1111's parameters are in it")
+    try:
+        found = infotext.parse(text[media.PARAMETERS])
+    except ValueError as error:
+        raise media.BadImage(str(path), str(error)) from error
+    if found.ignored:
+        logger.warning("%s: not understood and left out: %s", path, "; ".join(found.ignored))
+    return Record(found.recipe, model=found.model, model_hash=found.model_hash)
+
+
+def _json(text: str | None) -> dict[str, Any] | None:
+    """Our record; other programs' descriptions of pictures stand in the same place."""
+    try:
+        record = json.loads(text or "")
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and {"prompt", "versions", "job"} <= set(record) else None
+
+
+def _read_ours(record: dict[str, Any], path: str | pathlib.Path) -> Record:
+    of_origin = tuple(field.name for field in dataclasses.fields(Origin))
+    more = ("batch", "prompts", "grid")
+    if unknown := sorted(set(record) - {*FIELDS, *of_origin, *more}):
+        logger.warning("%s: not understood and left out: %s", path, ", ".join(unknown))
+    fields = {name: record[name] for name in FIELDS if name in record}
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    origin = Origin(**{name: record[name] for name in of_origin if name in record})
+    return Record(Recipe(**fields), origin, **{name: record.get(name) for name in more})
+
+
+# -- Hashes ----------------------------------------------------------------------------------------------------------
+
+
+def hash_of_weights(path: str | pathlib.Path) -> str:
+    """The first ten digits of a SHA-256, as A1111 names models.
+
+    Of a single file: its own. Of a diffusers folder: of the names and hashes of its networks' safetensors; of a workdir
+    of ours: of the same of its latest checkpoint, or of the one that the path names.
+    """
+    from sd_jax.checkpoints import detect
+    from sd_jax.checkpoints.layout import PARTS
+
+    path = pathlib.Path(path)
+    if path.is_file():
+        return hash_of_file(path)[:10]
+    if (location := detect.native_location(path)) is not None:
+        folder, step = location
+        steps = (int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "state").is_dir())
+        root = folder / str(max(steps) if step is None else step) / "state"
+        files = [file for file in root.rglob("*") if file.is_file()]
+    else:
+        root, folders = path, [path / part for part in PARTS if (path / part).is_dir()] or [path]
+        files = [file for folder in folders for file in folder.rglob("*.safetensors")]
+    lines = sorted(f"{file.relative_to(root).as_posix()} {hash_of_file(file)}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:10]
+
+
+def hash_of_file(path: str | pathlib.Path) -> str:
+    """SHA-256 of what is in it, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

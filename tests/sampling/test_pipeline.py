@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 import sd_jax
 from sd_jax.sampling.pipeline import Pipeline

@@ -1,0 +1,274 @@
+"""What sample.py is asked for: pictures of a prompt, of a file of prompts, of a grid, or a picture made again."""
+
+import dataclasses
+import itertools
+import pathlib
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from logging import getLogger
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from sd_jax import media
+from sd_jax.diffusion import samplers
+from sd_jax.prompts.encode import encode_prompts
+from sd_jax.sampling import grid, hires_fix, image_to_image, inpaint
+from sd_jax.sampling.pipeline import BUNDLED, Pipeline, job_of, load
+from sd_jax.sampling.preview import LatentPreview
+from sd_jax.sampling.recipe import (
+    Origin,
+    Record,
+    hash_of_file,
+    hash_of_weights,
+    own_recipe,
+    read_record,
+    texts,
+    whole_recipe,
+)
+from sd_jax.sampling.text_to_image import latent_size
+from sd_jax.types import Conditioning, Recipe
+
+logger = getLogger(__name__)
+
+LOADING = ("checkpoint", "dtype", "tokenizer", "vae", "weights")  # fields of an Origin: what `load` takes
+SECONDS_BETWEEN_PREVIEWS = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """A command, as it was given."""
+
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the Recipe, those that were given
+    loading: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of LOADING, likewise
+    image: str | None = None  # what it starts from, and the mask
+    mask: str | None = None
+    recipe: str | None = None  # a picture to make again; what is given above wins over what it says
+    grid: str | None = None  # see grid.py
+    prompts_file: str | None = None
+    out: pathlib.Path = pathlib.Path("samples")
+    format: str = "png"  # of the pictures, one of media.FORMATS
+    previews: bool = False  # whether out/preview.png shows what is being made
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Pictures that are made at once."""
+
+    recipe: Recipe
+    numbers: Sequence[int | None]  # of their files; None = is not written
+    prompts: Sequence[str] | None = None  # one for each; None = the recipe's
+
+
+def carry_out(order: Order) -> Iterator[pathlib.Path]:
+    """Makes the pictures and writes 00000.png, 00001.png, ... and sheet.png, or grid.png: their paths, as they come.
+
+    Raises ValueError, OSError or FloatingPointError with one line that names what is wrong.
+    """
+    # What is asked for
+    told = Record(Recipe()) if order.recipe is None else read_record(order.recipe)
+    recipe = dataclasses.replace(told.recipe, **order.fields)
+    axes = grid.parse(order.grid) if order.grid else []
+    prompts = read_prompts(order.prompts_file) if order.prompts_file else []
+    if prompts and (axes or "prompt" in order.fields):
+        raise ValueError(f"--prompts_file, and {'--grid' if axes else '--prompt'}: give one of the two")
+    if not axes and not prompts:
+        axes = grid.from_json(told.grid or [])
+        prompts = told.prompts if told.prompts and "prompt" not in order.fields else []
+    image, mask = _input(order, told, "image", "--init_image"), _input(order, told, "mask", "--mask")
+    if order.recipe and told.origin is None and recipe.strength and recipe.scale is None and image is None:
+        raise ValueError(f"{order.recipe} was made from a picture that it does not name: give it as --init_image=")
+    loading = _loading(order, told)
+    pipe = load(loading["checkpoint"], **{name: loading[name] for name in LOADING[1:]})
+
+    # What is made at once
+    if axes:
+        work, more = [_Batch(cell, [number]) for number, cell in grid.cells(recipe, axes)], {"grid": grid.to_json(axes)}
+    elif prompts:
+        work, more = batches_of(pipe, recipe, prompts), {"prompts": list(prompts)}
+    elif told.batch and not order.fields:
+        work, more = [_again(recipe, told.batch)], {"batch": told.batch}
+    else:
+        work, more = [_Batch(recipe, range(recipe.batch_size))], {}
+    steps = sum(pipe.steps_of(batch.recipe, image, mask) for batch in work)
+    origin = _origin(loading, image, mask)
+    _tell_differences(order, told, origin)
+
+    # Pictures
+    made: dict[int, tuple[media.Picture, Recipe]] = {}
+    with _Progress(pipe, steps, order) as progress:
+        for batch in work:
+            images = pipe.make(batch.recipe, image, mask, progress, batch.prompts)
+            size = images.shape[2], images.shape[1]
+            origin = dataclasses.replace(origin, job=job_of(batch.recipe, image, mask))
+            whole = {"size": len(images)} | ({"prompts": list(batch.prompts)} if batch.prompts else {})
+            for i, number in enumerate(batch.numbers):
+                if number is not None:
+                    own = own_recipe(batch.recipe, i, batch.prompts[i] if batch.prompts else None)
+                    own = _resolved(pipe, own, origin.job, size)
+                    text = texts(own, origin, size, batch={**whole, "index": i} if len(images) > 1 else None)
+                    made[number] = images[i], own
+                    yield _write(order.out / f"{number:05d}.{order.format}", images[i], text)
+
+    # All together: A1111's text of the first, and our recipe of them all
+    pixels, owns = zip(*(made[number] for number in sorted(made)), strict=True)
+    size = pixels[0].shape[1], pixels[0].shape[0]
+    if axes:
+        name, sheet = "grid.png", grid.picture(axes, pixels)
+    else:
+        name, sheet = "sheet.png", media.contact_sheet(np.stack(pixels), [own.prompt for own in owns])
+        recipe = _resolved(pipe, recipe, origin.job, size)
+    yield _write(order.out / name, sheet, texts(owns[0], origin, size, **recipe.to_dict(), **more))
+
+
+def _write(path: pathlib.Path, pixels: media.Picture, text: Mapping[str, str]) -> pathlib.Path:
+    media.write_picture(path, pixels, text)
+    return path
+
+
+# -- What is asked for -----------------------------------------------------------------------------------------------
+
+
+def read_prompts(path: str) -> list[str]:
+    """One a line; blank lines, and those that begin with #, are skipped. Raises ValueError where there is none."""
+    lines = [line.strip() for line in pathlib.Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"{path}: no prompts in it")
+    return prompts
+
+
+def _input(order: Order, told: Record, name: str, flag: str) -> str | None:
+    """The picture or the mask to start from: as given, else that of the recipe, if the file is still the same."""
+    given, recorded = getattr(order, name), told.origin and getattr(told.origin, name)
+    if given is not None or recorded is None:
+        return given
+    path = recorded["path"]
+    try:
+        same = hash_of_file(path) == recorded["sha256"]
+    except OSError as error:
+        reason = f"{path}, from which {order.recipe} was made, cannot be read ({error.strerror})"
+        raise FileNotFoundError(f"{reason}: give it as {flag}=") from error
+    if not same:
+        raise ValueError(f"{path} is no longer what {order.recipe} was made from: give that as {flag}=")
+    return path
+
+
+def _loading(order: Order, told: Record) -> dict[str, Any]:
+    """What the model is loaded with: as given, else as the picture says."""
+    if order.recipe and told.origin is None and "checkpoint" not in order.loading:
+        model = f"{told.model or 'an unnamed model'} (hash {told.model_hash or 'unknown'})"
+        raise ValueError(f"{order.recipe} was made by another program with {model}: give it as --checkpoint=PATH")
+    defaults = {field.name: field.default for field in dataclasses.fields(Origin) if field.name in LOADING}
+    recorded = {} if told.origin is None else {name: getattr(told.origin, name) for name in LOADING}
+    return {**defaults, **recorded, **order.loading}
+
+
+def _origin(loading: Mapping[str, Any], image: str | None, mask: str | None) -> Origin:
+    checkpoint, vae = loading["checkpoint"], loading["vae"]
+    sources = {
+        name: path and {"path": str(pathlib.Path(path).absolute()), "sha256": hash_of_file(path)}
+        for name, path in (("image", image), ("mask", mask))
+    }
+    return Origin(
+        **loading,
+        **sources,
+        checkpoint_hash=hash_of_weights(BUNDLED if checkpoint is None else checkpoint),
+        vae_hash=None if vae is None else hash_of_weights(vae),
+    )
+
+
+def _tell_differences(order: Order, told: Record, here: Origin) -> None:
+    """A warning that names what may make another picture of a recipe than it was."""
+    now = _versions(here)
+    then = {"checkpoint": told.model_hash} if told.origin is None else _versions(told.origin)
+    different = [f"{name} {old} (here {now[name]})" for name, old in then.items() if old not in (None, now.get(name))]
+    if different:
+        logger.warning("%s was made with %s: it may come out otherwise", order.recipe, ", ".join(different))
+
+
+def _versions(origin: Origin) -> dict[str, str | None]:
+    own = {"checkpoint": origin.checkpoint_hash, "vae": origin.vae_hash, "platform": origin.platform}
+    return {**own, **origin.versions}
+
+
+# -- What is made at once --------------------------------------------------------------------------------------------
+
+
+def batches_of(pipe: Pipeline, recipe: Recipe, prompts: Sequence[str]) -> list[_Batch]:
+    """Prompts in their order, `batch_size` at a time; prompt k is drawn from seed + k, as in one batch of them all.
+
+    Only neighbours of one shape go together, so that each is encoded as it would be alone. The last batch of such
+    neighbours reaches back into the one before it instead of being smaller: another size would compile anew.
+    """
+    size, batches = recipe.batch_size, []
+    for _, group in itertools.groupby(range(len(prompts)), key=lambda k: _shape_of(pipe, recipe, prompts[k])):
+        run = list(group)
+        for at in range(0, len(run), size):
+            taken = run[max(0, min(at, len(run) - size)) :][:size]
+            numbers = [k if k >= run[at] else None for k in taken]
+            batches.append(_Batch(own_recipe(recipe, taken[0]), numbers, [prompts[k] for k in taken]))
+    return batches
+
+
+def _again(recipe: Recipe, batch: Mapping[str, Any]) -> _Batch:
+    """The batch in which a picture was made, of which it alone is written."""
+    numbers = [0 if i == batch["index"] else None for i in range(batch["size"])]
+    return _Batch(whole_recipe(recipe, dict(batch)), numbers, batch.get("prompts"))
+
+
+def _shape_of(pipe: Pipeline, recipe: Recipe, prompt: str) -> tuple[int, int, bool]:
+    """What of a prompt compiles anew: tokens, parts, and whether it is one part of weight 1."""
+    calls = samplers.sampler_named(recipe.sampler).calls * recipe.steps
+    positions = pipe.spec.text_encoder.max_position_embeddings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the job gives them
+        encoded = encode_prompts([prompt], pipe.tokenizer, _nothing, positions, calls, recipe.prompt_syntax)
+    return encoded.contexts.shape[1], encoded.parts, encoded.is_single
+
+
+def _nothing(ids) -> Conditioning:
+    return Conditioning(np.zeros((*ids.shape, 1), np.float32))
+
+
+# -- How it is made --------------------------------------------------------------------------------------------------
+
+
+def _resolved(pipe: Pipeline, recipe: Recipe, job: str, size: tuple[int, int]) -> Recipe:
+    """With what the job took where the recipe has None. size: width and height of what came out.
+
+    An inpainted picture keeps None, for it is as large as the one that it was made from.
+    """
+    strengths = {module.__name__.split(".")[-1]: module.STRENGTH for module in (image_to_image, inpaint, hires_fix)}
+    changes = {"strength": strengths[job]} if job in strengths and recipe.strength is None else {}
+    if job == "hires_fix":
+        height, width = latent_size(pipe.spec, recipe)
+        size = width * pipe.spec.vae.downscale, height * pipe.spec.vae.downscale
+    if job != "inpaint":
+        changes |= dict(zip(("width", "height"), size, strict=True))
+    return dataclasses.replace(recipe, **changes)
+
+
+class _Progress:
+    """The callback of every job of an order: a bar of steps, and previews if they are asked for."""
+
+    def __init__(self, pipe: Pipeline, steps: int, order: Order):
+        self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True)
+        self._preview = LatentPreview(pipe) if order.previews else None
+        self._path, self._last = order.out / "preview.png", -SECONDS_BETWEEN_PREVIEWS
+
+    def __call__(self, step: int, x: jax.Array, denoised: jax.Array) -> None:
+        jax.block_until_ready(x)  # what the step before this one made: the device is never idle, nor far ahead
+        self._bar.update(1)
+        if self._preview is not None and time.monotonic() - self._last >= SECONDS_BETWEEN_PREVIEWS:
+            media.write_png(self._path, media.contact_sheet(self._preview(denoised)), {})
+            self._last = time.monotonic()
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bar.close()
