@@ -12,9 +12,10 @@ A ladder is what one picture needs: sigmas [steps + 1], descending, and two fact
     x = latents * start    before the first step, for starting noise `latents` of unit variance             (2)
     latents = x * end      after the last step
 
-Nearly always start = sigmas[0], sigmas[-1] = 0 and end = 1. Only `ddim` with a spacing of diffusers is otherwise: that
-sampler lives in the variance-preserving coordinates x / sqrt(1 + sigma^2), takes the noise as it is at the start and
-stops at abar_0 (set_alpha_to_one=False, the setting of Stable Diffusion) instead of at a clean picture. So there
+Nearly always start = sigmas[0], sigmas[-1] = 0 and end = 1. Only `ddim` and `plms` (or `pndm`) with a spacing of
+diffusers are otherwise: those samplers live in the variance-preserving coordinates x / sqrt(1 + sigma^2), take the
+noise as it is at the start and stop at abar_0 (set_alpha_to_one=False, the setting of Stable Diffusion) instead of at a
+clean picture. So there
 
     start = sqrt(1 + sigmas[0]^2),    sigmas[-1] = sigma_0,    end = 1 / sqrt(1 + sigmas[-1]^2)             (3)
 
@@ -24,13 +25,13 @@ All is computed in float64 by numpy; diffusers and k-diffusion compute in float3
 differs by 1e-5 of itself, larger ones less).
 """
 
-import difflib
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sd_jax import names
 from sd_jax.diffusion import spacings
 from sd_jax.types import NoiseScheduleConfig
 
@@ -104,7 +105,8 @@ def _betas(cfg: NoiseScheduleConfig) -> np.ndarray:
 
 SCHEDULES = spacings.SPACINGS
 DIFFUSERS_SPACINGS = ("leading", "trailing", "linspace")
-VARIANCE_PRESERVING = ("ddim",)  # samplers that begin and end as Eq. 3 says when they walk on a spacing of diffusers
+# Samplers that begin and end as Eq. 3 says when they walk on a spacing of diffusers
+VARIANCE_PRESERVING = ("ddim", "plms", "pndm")
 # Samplers whose schedulers in diffusers take `leading` and `linspace` of one step more than asked for, less the last.
 MULTISTEP = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "deis", "uni_pc", "uni_pc_bh2")
 
@@ -135,7 +137,7 @@ def make_sigmas(
     that the schedule has not.
     """
     if schedule not in SCHEDULES:
-        near = difflib.get_close_matches(schedule.lower(), SCHEDULES, 3)
+        near = names.nearest(schedule, SCHEDULES)
         mend = f"did you mean {' or '.join(near)}? There are" if near else "choose one of"
         raise ValueError(f"unknown schedule {schedule!r}: {mend} {', '.join(SCHEDULES)}")
     if steps < 1:

@@ -88,6 +88,9 @@ def denoise(
         positive, negative = match_tokens(positive, negative)
 
     # Noise
+    channels = pipe.spec.vae.latent_channels + (0 if start.concat is None else start.concat.shape[-1])
+    if pipe.spec.unet.in_channels != channels:
+        raise ValueError(f"this U-Net takes {pipe.spec.unet.in_channels} channels, not {channels}: use it to inpaint")
     shape = (*start.size, pipe.spec.vae.latent_channels)
     keys, latents, draws = _noise(recipe, shape, batch, samplers.count_draws(row, len(ladder.sigmas) - 1, options), row)
     latents = latents if given.latents is None else _for_each(given.latents, batch, "latents")
@@ -119,6 +122,7 @@ def denoise(
         noise=None if start.mask is None else latents,
         clean=None if start.mask is None else _for_each(start.clean, batch, "image"),
         mask=None if start.mask is None else _for_each(start.mask, batch, "mask"),
+        blind_from=None if start.mask is None else np.float32(ladder.sigmas[begin] if start.from_noise else np.inf),
         concat=None if start.concat is None else _for_each(start.concat, batch, "image"),
     )
     walk = functools.partial(
@@ -137,7 +141,7 @@ def denoise(
             before = carry.sampler[0]
             carry = walk(carry, np.int32(step), np.int32(step + 1))
             callback(step - begin, before, carry.sampler[1])
-    latents, finite = _end(carry.sampler[0], ladder.end)
+    latents, finite = _end(carry.sampler[0], ladder.end, run.clean, run.mask)
     check_finite(finite, "denoising")
     return latents
 
@@ -304,6 +308,7 @@ class _Run(NamedTuple):
     noise: Any  # with a mask: the starting noise
     clean: Any
     mask: Any
+    blind_from: Any  # with a mask: the sigma from which up the model sees nothing of the picture
     concat: Any
 
 
@@ -351,7 +356,7 @@ def _walk(
         rescale_in = networks.spec.noise_schedule.prediction_type
         bound = guidance.guided(model, told, untold, run.guidance, rescale_in, momentum, run.weights)
     if run.mask is not None:
-        bound = within_mask(bound, run.clean, run.noise, run.mask)
+        bound = within_mask(bound, run.clean, run.noise, run.mask, run.blind_from)
 
     def counted(x, sigma):
         denoised = bound(x, sigma)
@@ -366,6 +371,8 @@ def _walk(
 
 
 @sharding.jit
-def _end(x, factor):
+def _end(x, factor, clean, mask):
     latents = x * factor
+    if mask is not None:  # where a ladder ends above sigma 0, x still has noise
+        latents = mask * latents + (1 - mask) * clean.astype(jnp.float32)
     return latents, jnp.isfinite(latents).all()

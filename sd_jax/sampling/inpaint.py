@@ -1,7 +1,7 @@
 """Inpainting: what a mask covers is redrawn, everything else comes back as it was, to the bit.
 
-Ordinary checkpoints are kept to the picture outside the mask at every call; U-Nets made for inpainting, which see the
-mask and what surrounds it in channels of their own (9 in place of 4), are so too.
+Ordinary checkpoints are kept to the picture outside the mask at every call. U-Nets made for inpainting see the mask and
+what surrounds it in channels of their own (9 in place of 4), and are left alone, as in diffusers.
 """
 
 from typing import TYPE_CHECKING
@@ -70,11 +70,15 @@ def _worked_on(pipe, recipe, pixels, mask) -> tuple[canvas.Box, "Pixels", canvas
 def _start(pipe, recipe, pixels, mask) -> Start:
     image = to_image(pixels)
     clean = pipe.encode_image(image)
-    small_mask = jnp.asarray(canvas.latent_mask(mask, pipe.spec.vae.downscale))
-    concat = None
+    factor = pipe.spec.vae.downscale
+    small_mask, concat = jnp.asarray(canvas.latent_mask(mask, factor)), None
     if pipe.spec.unet.in_channels > pipe.spec.vae.latent_channels:
-        # diffusers' order: the mask, then the picture with the masked part grey (0)
-        kept = pipe.encode_image(image * (mask < 0.5))
-        concat = jnp.concatenate([jnp.broadcast_to(small_mask, (*kept.shape[:3], 1)), kept], axis=-1)
+        # As diffusers has it: the mask at each latent's first pixel, then the picture with the masked part grey (0)
+        redrawn = (mask >= 0.5).astype(np.float32)
+        kept = pipe.encode_image(image * (1 - redrawn))
+        seen = jnp.asarray(redrawn[:, ::factor, ::factor])
+        concat = jnp.concatenate([jnp.broadcast_to(seen, (*kept.shape[:3], 1)), kept], axis=-1)
+        small_mask = None
     strength = STRENGTH if recipe.strength is None else recipe.strength
-    return Start(clean.shape[1:3], clean, strength, small_mask, concat, from_noise=strength >= 1)
+    from_noise = strength >= 1 and recipe.strength_steps == "diffusers"  # the others add noise to the picture
+    return Start(clean.shape[1:3], clean, strength, small_mask, concat, from_noise)

@@ -75,9 +75,9 @@ def network(xp, x, t):
     return xp.tanh(x * (0.8 + 0.4 * t) + 0.3 * xp.sin(9 * t)) + 0.1 * xp.cos(3 * x)
 
 
-def ours(sampler, schedule, steps, cfg=SD, dtype=jnp.float64, ends_of=None, **kwargs):
+def ours(sampler, schedule, steps, cfg=SD, dtype=jnp.float64, **kwargs):
     with jax.enable_x64(dtype == jnp.float64):
-        ladder = make_ladder(schedule, steps, cfg, ends_of or sampler)
+        ladder = make_ladder(schedule, steps, cfg, sampler)
         denoise = make_denoiser(lambda x, t, _: network(jnp, x, t), cfg)
         x = jnp.asarray(LATENTS, dtype) * jnp.asarray(ladder.start, dtype)
         end = jax.jit(functools.partial(sample, denoise, sampler=sampler))(x, jnp.asarray(ladder.sigmas), **kwargs)
@@ -224,7 +224,7 @@ def test_ddim_with_noise(eta):
 @pytest.mark.parametrize("sampler", ["plms", "pndm"])
 def test_plms(sampler, steps):
     theirs = _diffusers_loop(_scheduler("PNDMScheduler", skip_prk_steps=True), steps)
-    close(ours(sampler, "leading", steps, ends_of="ddim"), theirs, 2e-5)
+    close(ours(sampler, "leading", steps), theirs, 2e-5)
 
 
 # --- diffusers and restated equations, on given noise levels ---------------------------------------------------------
