@@ -12,7 +12,7 @@ what is not given has the field's default, or the model's own.
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from sd_jax.media import FORMATS
 from sd_jax.sampling.recipe import FIELDS, kind_of, read_value, wanted
@@ -35,6 +35,7 @@ flags.DEFINE_string("prompts_file", None, "A prompt a line.")
 flags.DEFINE_string("out", "samples", "The folder that pictures are written to.")
 flags.DEFINE_enum("format", "png", FORMATS, "Of the pictures.")
 flags.DEFINE_bool("previews", False, "Whether OUT/preview.png shows what is being made.")
+flags.FLAGS.set_default("verbosity", logging.WARNING)  # what JAX tells of itself is not for here
 
 for name in FIELDS:  # as text, which is checked by `read_value`: "none" takes a value back that a recipe has
     kind, default = kind_of(name)[0], getattr(Recipe, name)
