@@ -35,7 +35,6 @@ flags.DEFINE_string("prompts_file", None, "A prompt a line.")
 flags.DEFINE_string("out", "samples", "The folder that pictures are written to.")
 flags.DEFINE_enum("format", "png", FORMATS, "Of the pictures.")
 flags.DEFINE_bool("previews", False, "Whether OUT/preview.png shows what is being made.")
-flags.FLAGS.set_default("verbosity", logging.WARNING)  # what JAX tells of itself is not for here
 
 for name in FIELDS:  # as text, which is checked by `read_value`: "none" takes a value back that a recipe has
     kind, default = kind_of(name)[0], getattr(Recipe, name)
@@ -47,6 +46,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     options = flags.FLAGS
+    if not options["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # what JAX tells of itself is not for here
 
     def given(names) -> dict:
         return {name: getattr(options, name) for name in names if options[name].present}

@@ -64,6 +64,8 @@ def denoise(
     callback: Callable | None = None,
 ) -> Latents:
     """Latents of the pictures, float32. Raises ValueError, naming the field, for what cannot be made."""
+    if recipe.batch_size < 1:
+        raise ValueError(f"batch_size={recipe.batch_size}: at least 1 is needed")
     row = samplers.sampler_named(recipe.sampler)
     ladder, begin = plan(pipe, recipe, start)
     options = SamplerOptions(**{name: _number(getattr(recipe, name, None)) for name in SamplerOptions._fields})
@@ -219,6 +221,9 @@ def _noise(recipe, shape, batch, num_draws, row):
     seeds = [recipe.seed + (0 if mixed else i) for i in range(batch)]
     keys = jnp.concatenate([noise.image_keys(seed, 1) for seed in seeds])
     if recipe.noise_source != "threefry":
+        if recipe.noise_source not in noise_sources.SOURCES:
+            known = ", ".join(("threefry", *noise_sources.SOURCES))
+            raise ValueError(f"noise_source={recipe.noise_source!r} is unknown: use one of {known}")
         made = [
             noise_sources.webui_noise(
                 recipe.noise_source,

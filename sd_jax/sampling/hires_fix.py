@@ -51,4 +51,6 @@ def _passes(pipe, recipe) -> tuple[Start, Start, "Recipe"]:
     size = latent_size(pipe.spec, recipe)
     strength = STRENGTH if recipe.strength is None else recipe.strength
     second = Start(tuple(round(side * scale) for side in size), None, strength, first_pass_steps=recipe.steps)
+    if recipe.second_steps is not None and recipe.second_steps < 1:
+        raise ValueError(f"second_steps={recipe.second_steps}: at least 1 is needed")
     return Start(size), second, dataclasses.replace(recipe, steps=recipe.second_steps or recipe.steps)

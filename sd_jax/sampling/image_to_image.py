@@ -7,6 +7,7 @@ import numpy as np
 from sd_jax.models.vae import to_image
 from sd_jax.sampling import canvas
 from sd_jax.sampling.denoising import Start, denoise
+from sd_jax.sampling.text_to_image import size_of
 from sd_jax.types import Latents
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ def image_to_image(pipe: "Pipeline", prompt, recipe: "Recipe", image, given, out
 def start_of(pipe: "Pipeline", recipe: "Recipe", image) -> Start:
     """The picture in the recipe's size, by default its own, as latents."""
     pixels = canvas.read_pixels(image)
-    height, width = recipe.height or pixels.shape[1], recipe.width or pixels.shape[2]
-    pixels = canvas.resize(pixels, *canvas.fit_size(height, width, pipe.spec.vae.downscale))
+    size = canvas.fit_size(*size_of(recipe, *pixels.shape[1:3]), pipe.spec.vae.downscale)
+    pixels = canvas.resize(pixels, *size)
     clean = encoded(pipe, pixels)
     return Start(clean.shape[1:3], clean, STRENGTH if recipe.strength is None else recipe.strength)
 

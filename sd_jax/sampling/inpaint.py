@@ -12,6 +12,7 @@ import numpy as np
 from sd_jax.models.vae import to_image
 from sd_jax.sampling import canvas
 from sd_jax.sampling.denoising import Start, denoise
+from sd_jax.sampling.text_to_image import size_of
 
 if TYPE_CHECKING:
     from sd_jax.sampling.pipeline import Pipeline
@@ -60,7 +61,7 @@ def _worked_on(pipe, recipe, pixels, mask) -> tuple[canvas.Box, "Pixels", canvas
     """The part of the picture that is worked on, and it and its mask in the size of the work."""
     trained = pipe.spec.unet.sample_size * pipe.spec.vae.downscale
     default = (trained, trained) if recipe.only_masked else pixels.shape[1:3]
-    size = canvas.fit_size(recipe.height or default[0], recipe.width or default[1], pipe.spec.vae.downscale)
+    size = canvas.fit_size(*size_of(recipe, *default), pipe.spec.vae.downscale)
     box = canvas.Box(0, 0, *pixels.shape[1:3])
     if recipe.only_masked:
         box = canvas.box_around(mask, recipe.padding, *size)

@@ -21,9 +21,19 @@ def latent_size(spec, recipe: "Recipe") -> tuple[int, int]:
     """(height, width) of a picture's latents. Raises ValueError for a size that the autoencoder cannot make."""
     factor = spec.vae.downscale
     trained = spec.unet.sample_size * factor
-    sides = {"height": recipe.height or trained, "width": recipe.width or trained}
-    for name, side in sides.items():
-        if side < 1 or side % factor:
+    sides = size_of(recipe, trained, trained)
+    for name, side in zip(("height", "width"), sides, strict=True):
+        if side % factor:
             near = max(1, round(side / factor)) * factor
             raise ValueError(f"{name}={side} is not a multiple of {factor}: use {near}")
-    return sides["height"] // factor, sides["width"] // factor
+    return sides[0] // factor, sides[1] // factor
+
+
+def size_of(recipe: "Recipe", height: int, width: int) -> tuple[int, int]:
+    """(height, width) in pixels: the recipe's, by default the given ones. Raises ValueError for less than one pixel."""
+    sides = {"height": height, "width": width}
+    sides |= {name: getattr(recipe, name) for name in sides if getattr(recipe, name) is not None}
+    for name, side in sides.items():
+        if side < 1:
+            raise ValueError(f"{name}={side}: at least 1 pixel is needed")
+    return sides["height"], sides["width"]
