@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 EXTRAS ?=
+# Test files that run at a time; one on a GPU or TPU, which a process takes for itself.
+WORKERS ?= $(if $(EXTRAS),0,2)
 # What `make parity` runs; MARKS=parity adds the slow ones at full size.
 MARKS ?= parity and not slow
 
@@ -35,10 +37,10 @@ demo: $(INSTALLED)
 		--stages=$(DEMO)/autoencoder,$(DEMO)/text_to_image
 
 test: $(INSTALLED)
-	JAX_PLATFORMS=$${JAX_PLATFORMS:-$(TEST_PLATFORMS)} $(RUN) -m pytest
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-$(TEST_PLATFORMS)} $(RUN) -m pytest -n $(WORKERS) --dist=loadfile
 
 parity: $(REFERENCES)
-	JAX_PLATFORMS=$${JAX_PLATFORMS:-$(TEST_PLATFORMS)} $(RUN) -m pytest -m "$(MARKS)"
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-$(TEST_PLATFORMS)} $(RUN) -m pytest -n $(WORKERS) --dist=loadfile -m "$(MARKS)"
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -31,6 +31,7 @@ EXTRAS_REQUIRE = {
     "tpu": ["jax[tpu]>=0.10.2"],
     "test": [
         "pytest>=9",
+        "pytest-xdist>=3.8",  # two test files at a time: most tests compile, on one core
         "beartype>=0.22",  # checks every annotation while the tests run
         "ruff>=0.15",
         "safetensors>=0.8",  # what our own reader and writer of weight files are compared with

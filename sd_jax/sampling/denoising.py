@@ -7,6 +7,9 @@ steps in three ways (`strength_steps`), for n steps and strength s:
     a1111       the last int(n min(s, 0.999)) + 1; in the second pass of hires_fix as comfy
     comfy       n steps are walked, the last of a ladder of int(n / s)
 
+A prompt that changes while sampling counts calls of the denoiser from the first that is made, over `steps` steps, as in
+A1111: what it skips at the start is missing at the end.
+
 The compiled walk takes its first and its last step as arguments. So strength compiles nothing, and someone who looks on
 (a progress bar, previews) gets the same program, called once for each step.
 """
