@@ -69,6 +69,9 @@ def denoise(
     """Latents of the pictures, float32. Raises ValueError, naming the field, for what cannot be made."""
     if recipe.batch_size < 1:
         raise ValueError(f"batch_size={recipe.batch_size}: at least 1 is needed")
+    channels = pipe.spec.vae.latent_channels + (0 if start.concat is None else start.concat.shape[-1])
+    if pipe.spec.unet.in_channels != channels:
+        raise ValueError(f"this U-Net takes {pipe.spec.unet.in_channels} channels, not {channels}: use it to inpaint")
     row = samplers.sampler_named(recipe.sampler)
     ladder, begin = plan(pipe, recipe, start)
     options = SamplerOptions(**{name: _number(getattr(recipe, name, None)) for name in SamplerOptions._fields})
@@ -93,9 +96,6 @@ def denoise(
         positive, negative = match_tokens(positive, negative)
 
     # Noise
-    channels = pipe.spec.vae.latent_channels + (0 if start.concat is None else start.concat.shape[-1])
-    if pipe.spec.unet.in_channels != channels:
-        raise ValueError(f"this U-Net takes {pipe.spec.unet.in_channels} channels, not {channels}: use it to inpaint")
     shape = (*start.size, pipe.spec.vae.latent_channels)
     keys, latents, draws = _noise(recipe, shape, batch, samplers.count_draws(row, len(ladder.sigmas) - 1, options), row)
     latents = latents if given.latents is None else _for_each(given.latents, batch, "latents")
