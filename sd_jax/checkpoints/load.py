@@ -270,11 +270,13 @@ def _with_tokenizer(opened: Checkpoint, path: str | os.PathLike) -> ModelSpec:
 
 def _check_together(opened: Checkpoint, path: str | os.PathLike) -> None:
     spec, there = opened.spec, opened.params
-    if {"unet", "vae"} <= set(there) and spec.unet.in_channels != spec.vae.latent_channels:
-        what = {9: " (an inpainting model)", 8: " (an InstructPix2Pix model)"}.get(spec.unet.in_channels, "")
+    latent = spec.vae.latent_channels
+    known = (latent, 2 * latent + 1)  # text to image; inpainting, which also sees a mask and a masked picture
+    if {"unet", "vae"} <= set(there) and spec.unet.in_channels not in known:
+        what = {8: " (an InstructPix2Pix model)"}.get(spec.unet.in_channels, "")
         raise CheckpointError(
-            f"{path}: its U-Net takes {spec.unet.in_channels} channels{what} and its VAE has "
-            f"{spec.vae.latent_channels}: only plain text-to-image models are opened"
+            f"{path}: its U-Net takes {spec.unet.in_channels} channels{what} and its VAE has {latent}: only models for "
+            "text to image and for inpainting are opened"
         )
     if {"unet", "text_encoder"} <= set(there) and spec.unet.cross_attention_dim != spec.text_encoder.hidden_size:
         raise CheckpointError(

@@ -168,12 +168,19 @@ def test_features_are_named_by_file_and_key(folder):
 
 
 def test_parts_that_do_not_belong_together(tmp_path, params, tokenizer):
-    inpainting = dataclasses.replace(SPEC, unet=dataclasses.replace(SPEC.unet, in_channels=9))
-    save_checkpoint(tmp_path / "a", inpainting, random_params(inpainting), tokenizer)
-    assert "takes 9 channels (an inpainting model) and its VAE has 4" in refused(tmp_path / "a")
+    editing = dataclasses.replace(SPEC, unet=dataclasses.replace(SPEC.unet, in_channels=8))
+    save_checkpoint(tmp_path / "a", editing, random_params(editing), tokenizer)
+    assert "takes 8 channels (an InstructPix2Pix model) and its VAE has 4" in refused(tmp_path / "a")
     other = dataclasses.replace(SPEC, unet=dataclasses.replace(SPEC.unet, cross_attention_dim=64))
     save_checkpoint(tmp_path / "b", other, random_params(other), tokenizer)
     assert "reads states of width 64 and its text encoder writes 32" in refused(tmp_path / "b")
+
+
+def test_an_inpainting_model_opens_from_a_folder_and_from_a_single_file(tmp_path, tokenizer):
+    inpainting = dataclasses.replace(SPEC, unet=dataclasses.replace(SPEC.unet, in_channels=9))
+    for place, form in ((tmp_path / "folder", "diffusers"), (tmp_path / "file.safetensors", "single_file")):
+        save_checkpoint(place, inpainting, random_params(inpainting), tokenizer, format=form)
+        assert load_checkpoint(place).spec.unet.in_channels == 9
 
 
 # Another autoencoder, another tokenizer
