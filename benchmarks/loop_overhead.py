@@ -34,15 +34,11 @@ def main() -> None:
 
     bare = seconds["bare calls"]
     each = 1000 * statistics.median(bare) / options.steps
-    print(
-        f"{options.model} U-Net, batch {options.batch}, {options.steps} guided Euler steps, {each:.3g} ms a bare call"
-    )
+    print(f"{options.model}, batch {options.batch}, {options.steps} guided Euler steps; {each:.3g} ms a bare call")
     for name, times in seconds.items():
         ratios = sorted(time / other for time, other in zip(times, bare, strict=True))
-        middle, least, most = statistics.median(ratios), ratios[0], ratios[-1]
-        print(
-            f"  {name:14}{statistics.median(times):8.4g} s  {middle:.3f} of the bare calls ({least:.3f} to {most:.3f})"
-        )
+        spread = f"{statistics.median(ratios):.3f} of the bare calls ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+        print(f"  {name:14}{statistics.median(times):8.4g} s  {spread}")
 
 
 def build(options) -> dict:

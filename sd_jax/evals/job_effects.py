@@ -174,13 +174,13 @@ def share(pipe: "Pipeline", prompt: str, wanted: dict[str, str], count: int, see
 def vary(pipe: "Pipeline", prompt: str, strength: float, count: int, seed: int = 0, **recipe) -> tuple[float, float]:
     """How far `count` variations are from the seed's own picture: the root mean squares (of latents, of pixels).
 
-    Latents have about unit variance, pixels are in [0, 255].
+    Latents have about unit variance, pixels are in [0, 255]. Strength 0 has one variation alone, that picture: there a
+    batch goes on from seed to seed.
     """
     recipe = {**recipe, "seed": seed, "output": "latents"}
     own = pipe.text_to_image(prompt, **recipe)
-    varied = pipe.text_to_image(
-        prompt, batch_size=count, variation_seed=seed + 1000, variation_strength=strength, **recipe
-    )
+    recipe |= {"variation_seed": seed + 1000, "variation_strength": strength, "batch_size": count if strength else 1}
+    varied = pipe.text_to_image(prompt, **recipe)
     pixels = [pipe.finish(latents).astype(np.float32) for latents in (own, varied)]
     return tuple(float(np.sqrt(np.square(a - b).mean())) for a, b in ((own, varied), pixels))
 
