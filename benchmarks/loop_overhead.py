@@ -84,8 +84,8 @@ def _pipeline(model: str):
     import jax
 
     import sd_jax
+    from sd_jax.models.families import SD15
     from sd_jax.models.networks import Networks
-    from sd_jax.models.presets import SD15
     from sd_jax.sampling.pipeline import Pipeline
 
     if model == "bundled":

@@ -14,9 +14,10 @@ def build_sd_jax(options) -> timing.Program:
     import jax
     import jax.numpy as jnp
 
+    from sd_jax.models.families import SD15
     from sd_jax.models.networks import Networks
-    from sd_jax.models.presets import SD15
     from sd_jax.sampling.pipeline import Pipeline
+    from sd_jax.types import Conditioning
 
     networks = Networks.of(SD15, options.dtype)
     parts = ("unet", "vae", "text_encoder")
@@ -41,9 +42,9 @@ def build_sd_jax(options) -> timing.Program:
     def unet_and_decoder(params):  # the text encoder is below a hundredth of one step
         side = options.pixels // SD15.vae.downscale
         latents = jnp.zeros((2 * options.batch, side, side, 4))
-        context = jnp.zeros((2 * options.batch, 77, SD15.unet.cross_attention_dim))
+        told = Conditioning(jnp.zeros((2 * options.batch, 77, SD15.unet.cross_attention_dim)))
         return (
-            lambda: networks.unet.apply({"params": params["unet"]}, latents, jnp.zeros(2 * options.batch), context),
+            lambda: networks.unet.apply({"params": params["unet"]}, latents, jnp.zeros(2 * options.batch), told),
             lambda: networks.vae.apply({"params": params["vae"]}, latents[: options.batch], method="decode"),
         )
 

@@ -22,7 +22,7 @@ def build_sd_jax(options) -> timing.Program:
 
     from sd_jax import sharding
     from sd_jax.models.clip_text import CLIPText
-    from sd_jax.models.presets import SD15
+    from sd_jax.models.families import SD15
 
     model = CLIPText(SD15.text_encoder, dtype=jnp.dtype(options.dtype))
     ids = jnp.full((options.batch, 77), 49407, jnp.int32)

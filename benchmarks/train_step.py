@@ -9,7 +9,7 @@ DEFAULTS = {"batch": 32, "size": 16, "model": "small"}
 
 def _config(options):
     """`small` has 5.2 million parameters; `sd15` is for GPUs."""
-    from sd_jax.models.presets import SD15
+    from sd_jax.models.families import SD15
 
     small = {"block_out_channels": (64, 128), "attention_blocks": (True, True), "layers_per_block": 1}
     return dataclasses.replace(SD15.unet, **small) if options.model == "small" else SD15.unet
@@ -28,17 +28,18 @@ def build_sd_jax(options) -> timing.Program:
 
     from sd_jax import sharding
     from sd_jax.models.unet import UNet
+    from sd_jax.types import Conditioning
 
     model = UNet(_config(options), dtype=jnp.dtype(options.dtype))
     shape = (options.batch, options.size, options.size, 4)
     latents, noise = (jax.random.normal(jax.random.key(i), shape) for i in range(2))
-    timesteps, context = jnp.full((options.batch,), 500.0), jnp.ones((options.batch, 77, 768))
-    params = timing.random_params(lambda: model.init(jax.random.key(0), latents, timesteps, context), "float32")
+    inputs = latents, jnp.full((options.batch,), 500.0), Conditioning(jnp.ones((options.batch, 77, 768)))
+    params = timing.random_params(lambda: model.init(jax.random.key(0), *inputs), "float32")
     optimizer = optax.adamw(1e-4)
     state = (params, optimizer.init(params))
 
     def loss(params):
-        predicted = model.apply({"params": params}, latents, timesteps, context)
+        predicted = model.apply({"params": params}, *inputs)
         return jnp.square(predicted.astype(jnp.float32) - noise).mean()
 
     @sharding.jit(donate_argnums=0)

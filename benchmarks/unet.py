@@ -14,14 +14,15 @@ def build_sd_jax(options) -> timing.Program:
     import jax.numpy as jnp
 
     from sd_jax import sharding
-    from sd_jax.models.presets import SD15
+    from sd_jax.models.families import SD15
     from sd_jax.models.unet import UNet
+    from sd_jax.types import Conditioning
 
     model = UNet(SD15.unet, dtype=jnp.dtype(options.dtype))
     inputs = (
         jnp.ones((options.batch, options.size, options.size, 4)),
         jnp.full((options.batch,), 500.0),
-        jnp.ones((options.batch, 77, 768)),
+        Conditioning(jnp.ones((options.batch, 77, 768))),
     )
     params = timing.random_params(lambda: model.init(jax.random.key(0), *inputs), options.dtype)
     predict = sharding.jit(lambda params, *inputs: model.apply({"params": params}, *inputs))

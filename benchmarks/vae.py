@@ -20,7 +20,7 @@ def build_sd_jax(options) -> timing.Program:
     import jax.numpy as jnp
 
     from sd_jax import sharding
-    from sd_jax.models.presets import SD15
+    from sd_jax.models.families import SD15
     from sd_jax.models.vae import VAE
 
     model = VAE(SD15.vae, dtype=jnp.dtype(options.dtype))

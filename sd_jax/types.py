@@ -32,12 +32,21 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
 class Conditioning:
     """What the U-Net is told of the prompt; training and sampling share it.
 
-    context: [batch, tokens, width], the hidden states of the text encoder, read by cross-attention.
+    context: [batch, tokens, width], the hidden states of the text encoders, read by cross-attention.
     pooled:  [batch, width], the state at the end-of-text token; None where the family has no use for it.
+
+    What only some families read (None = the family's usual):
+    time_ids:       [batch, numbers], SDXL's micro-conditioning, in pixels: original height, width, crop top, left,
+                    target height, width; its refiner's: original height, width, crop top, left, aesthetic score
+    class_labels:   [batch], the x4 upscaler's noise level
+    guidance_scale: [batch], for models distilled by LCM, which are told the scale w that they imitate
     """
 
     context: Float[Array, "batch tokens width"]
     pooled: Float[Array, "batch width"] | None = None
+    time_ids: Float[Array, "batch numbers"] | None = None
+    class_labels: Int[Array, " batch"] | None = None
+    guidance_scale: Float[Array, " batch"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +81,14 @@ class Recipe:
     batch_size: int = 1  # pictures of this prompt
     clip_skip: int | None = None  # as A1111 counts: 1 = last layer
     prompt_syntax: str = "a1111"  # what brackets mean: a1111, comfy, or plain
+
+    # What SDXL is told besides the prompt; models that are not told it refuse it
+    original_size: tuple[int, int] | None = None  # height, width in pixels before scaling; None = the picture's
+    target_size: tuple[int, int] | None = None  # height, width that it was scaled to; None = the picture's
+    crops_coords_top_left: tuple[int, int] = (0, 0)  # pixels that were then cut away at the top and at the left
+    aesthetic_score: float = 6.0  # of the prompt, 0 to 10; the refiner alone
+    negative_aesthetic_score: float = 2.5  # of the negative prompt
+    refiner_switch: float = 0.8  # with a refiner: it takes over where so much of the timesteps is walked
 
     # The sampler's options, of `diffusion.samplers_ode.SamplerOptions`
     eta: float | None = None

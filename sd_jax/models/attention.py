@@ -8,6 +8,8 @@ Implementations
     cudnn    the flash attention of cuDNN through `jax.nn.dot_product_attention`; NVIDIA GPUs, 16-bit
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -159,9 +161,13 @@ class Projection(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each after a layer norm and added to its input."""
+    """Self-attention, cross-attention and feed-forward, each after a layer norm and added to its input.
+
+    With `only_cross_attention` the first reads the context too.
+    """
 
     heads: int
+    only_cross_attention: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -171,17 +177,24 @@ class TransformerBlock(nn.Module):
     ) -> Float[Array, "batch tokens width"]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = lambda name: LayerNorm(name=name, **types)  # noqa: E731
-        x = x + Attention(self.heads, name="attn1", **types)(norm("norm1")(x))
+        first = context if self.only_cross_attention else None
+        x = x + Attention(self.heads, name="attn1", **types)(norm("norm1")(x), first)
         x = x + Attention(self.heads, name="attn2", **types)(norm("norm2")(x), context)
         return x + FeedForward(name="ff", **types)(norm("norm3")(x))
 
 
 class SpatialTransformer(nn.Module):
-    """diffusers' Transformer2DModel of SD 1.x: a feature map as a sequence of its places, between 1x1 convolutions."""
+    """diffusers' Transformer2DModel: a feature map as a sequence of its places, between two projections.
+
+    These are 1x1 convolutions, or linears (`linear`), which differ in the shape of their kernels alone.
+    """
 
     heads: int
     norm_num_groups: int = 32
     remat: bool = False
+    num_blocks: int = 1
+    linear: bool = False
+    only_cross_attention: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -195,6 +208,8 @@ class SpatialTransformer(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
         h = GroupNorm(self.norm_num_groups, 1e-6, name="norm", **types)(x)
-        h = conv(channels, "proj_in", self, kernel=1)(h).reshape(batch, height * width, channels)
-        h = block(self.heads, name="transformer_blocks_0", **types)(h, context)
-        return x + conv(channels, "proj_out", self, kernel=1, kernel_init=ZEROS)(h.reshape(x.shape))
+        project = dense if self.linear else functools.partial(conv, kernel=1)
+        h = project(channels, "proj_in", self)(h).reshape(batch, height * width, channels)
+        for i in range(self.num_blocks):
+            h = block(self.heads, self.only_cross_attention, name=f"transformer_blocks_{i}", **types)(h, context)
+        return x + project(channels, "proj_out", self, kernel_init=ZEROS)(h.reshape(x.shape))

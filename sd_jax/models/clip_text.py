@@ -1,4 +1,4 @@
-"""CLIP's text transformer (Radford et al. 2021), equal to transformers' CLIPTextModel."""
+"""CLIP's text transformer (Radford et al. 2021), equal to transformers' CLIPTextModel(WithProjection)."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -93,7 +93,9 @@ class _TextModel(nn.Module):
         states = _Encoder(*parts, self.remat, name="encoder")(_Embeddings(*parts, name="embeddings")(ids))
         norm = _layer_norm(self.config, "final_layer_norm", self)
         last = norm(states[-1])
-        context = last if clip_skip == 1 else norm(states[-clip_skip])
+        context = states[-clip_skip]
+        if self.config.context_norm:
+            context = last if clip_skip == 1 else norm(context)
         # The first token that is the tokenizer's own end: argmax of ids breaks once tokens are added behind it
         end = jnp.argmax(ids == self.config.eos_token_id, axis=1)
         return Conditioning(context, last[jnp.arange(ids.shape[0]), end])
@@ -108,16 +110,22 @@ class CLIPText(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, ids: TokenIds, clip_skip: int = 1) -> Conditioning:
-        """`clip_skip` counts layers from the end as A1111 does (1 = last); the final layer norm follows in any case.
+    def __call__(self, ids: TokenIds, clip_skip: int | None = None) -> Conditioning:
+        """`clip_skip` counts layers from the end as A1111 does (1 = last); None = the config's.
 
-        context: [batch, tokens, hidden_size]; pooled: [batch, hidden_size], the last layer at the end token.
+        context: [batch, tokens, hidden_size], after the final layer norm if the config has `context_norm`; pooled:
+        [batch, hidden_size], the last layer after that norm at the end token, or [batch, projection_dim] of it.
         Raises ValueError for more tokens than positions, or a clip_skip outside 1..num_hidden_layers.
         """
         if ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
                 f"{ids.shape[1]} tokens, but max_position_embeddings is {self.config.max_position_embeddings}"
             )
+        clip_skip = self.config.clip_skip if clip_skip is None else clip_skip
         if not 1 <= clip_skip <= self.config.num_hidden_layers:
             raise ValueError(f"clip_skip={clip_skip} is not within 1..{self.config.num_hidden_layers}")
-        return _TextModel(self.config, self.dtype, self.param_dtype, self.remat, name="text_model")(ids, clip_skip)
+        model = _TextModel(self.config, self.dtype, self.param_dtype, self.remat, name="text_model")
+        states = model(ids, clip_skip)
+        if self.config.projection_dim is None:
+            return states
+        return states.replace(pooled=dense(self.config.projection_dim, "text_projection", self, False)(states.pooled))

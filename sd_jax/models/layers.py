@@ -173,10 +173,7 @@ def _conv_of_doubled(doubled, kernel, strides, padding, *, dimension_numbers, **
 
 
 class Upsample(nn.Module):
-    """Twice the size by nearest neighbour, then a 3x3 convolution.
-
-    The last row or column may be left out, for what had an odd number of them before it was halved.
-    """
+    """`upsampled_conv` with a convolution named `conv`."""
 
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -185,17 +182,31 @@ class Upsample(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch height width channels"],
-        size: tuple[int, int] | None = None,  # of the result: twice that of x, or one less; None = twice
+        size: tuple[int, int] | None = None,
     ) -> Float[Array, "batch new_height new_width channels"]:
-        batch, height, width, channels = x.shape
-        doubled = (2 * height, 2 * width)
-        size = doubled if size is None else size
-        x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
-        x = x.reshape(batch, *doubled, channels)[:, : size[0], : size[1]]
-        # On GPUs and TPUs four small convolutions would each fill the device less well than one.
-        shortcut = jax.default_backend() == "cpu" and size == doubled
-        kwargs = {"conv_general_dilated": _conv_of_doubled} if shortcut else {}
-        return conv(channels, "conv", self, **kwargs)(x)
+        return upsampled_conv(x, "conv", self, size)
+
+
+def upsampled_conv(
+    x: Float[Array, "batch height width channels"],
+    name: str,
+    like: nn.Module,
+    size: tuple[int, int] | None = None,  # of the result: twice that of x, or one less; None = twice
+    **kwargs,
+) -> Float[Array, "batch new_height new_width channels"]:
+    """Twice the size by nearest neighbour, then a 3x3 convolution (`kwargs` as of `conv`).
+
+    The last row or column may be left out, for what had an odd number of them before it was halved.
+    """
+    batch, height, width, channels = x.shape
+    doubled = (2 * height, 2 * width)
+    size = doubled if size is None else size
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
+    x = x.reshape(batch, *doubled, channels)[:, : size[0], : size[1]]
+    # On GPUs and TPUs four small convolutions would each fill the device less well than one.
+    if jax.default_backend() == "cpu" and size == doubled:
+        kwargs = {"conv_general_dilated": _conv_of_doubled, **kwargs}
+    return conv(channels, name, like, **kwargs)(x)
 
 
 def timestep_embedding(timesteps: Float[Array, " batch"], width: int) -> Float[Array, "batch width"]:
@@ -207,14 +218,32 @@ def timestep_embedding(timesteps: Float[Array, " batch"], width: int) -> Float[A
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def guidance_scale_embedding(scale: Float[Array, " batch"], width: int) -> Float[Array, "batch width"]:
+    """Sinusoids of 1000 (w - 1), sines first: what models distilled by LCM are told of the guidance scale w.
+
+    diffusers' `get_guidance_scale_embedding(w - 1)` (Luo et al. 2023, after Kingma et al. 2021); their pipelines count
+    the scale from 1 = no guidance, the paper from 0. Float32.
+    """
+    half = width // 2
+    frequencies = jnp.exp(jnp.arange(half, dtype=jnp.float32) * -(jnp.log(10000.0) / (half - 1)))
+    angles = 1000.0 * (scale.astype(jnp.float32)[:, None] - 1.0) * frequencies[None]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
 class TimestepEmbedding(nn.Module):
-    """The two-layer perceptron that follows the sinusoids."""
+    """The two-layer perceptron that follows the sinusoids; `condition` is projected and added to them."""
 
     features: int
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch width"]) -> Float[Array, "batch features"]:
+    def __call__(
+        self,
+        x: Float[Array, "batch width"],
+        condition: Float[Array, "batch condition_width"] | None = None,
+    ) -> Float[Array, "batch features"]:
+        if condition is not None:
+            x = x + dense(x.shape[-1], "cond_proj", self, False)(condition)
         x = nn.silu(dense(self.features, "linear_1", self)(x))
         return dense(self.features, "linear_2", self)(x)

@@ -1,45 +1,80 @@
-"""The three networks of a text-to-image model as one value, hashable, so that it can be a static argument of `jit`."""
+"""The networks of a text-to-image model as one value, hashable, so that it can be a static argument of `jit`."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sd_jax.models.clip_text import CLIPText
-from sd_jax.models.presets import ModelSpec
+from sd_jax.models.presets import ModelSpec, TinyVAEConfig
 from sd_jax.models.unet import UNet
 from sd_jax.models.vae import VAE
-from sd_jax.types import Params
+from sd_jax.models.vae_tiny import TinyVAE
+from sd_jax.types import Conditioning, Params, TokenIds
 
 
 class Networks(NamedTuple):
-    """The modules of a model, in the dtypes of a run."""
+    """The modules of a model, in the dtypes of a run; None where the family has no such part."""
 
     spec: ModelSpec
     unet: UNet
-    vae: VAE
-    text_encoder: CLIPText
+    vae: VAE | TinyVAE
+    text_encoder: CLIPText | None
+    text_encoder_2: CLIPText | None
 
     @staticmethod
     def of(spec: ModelSpec, dtype: str = "float32", remat: bool = False) -> "Networks":
         kwargs = {"dtype": jnp.dtype(dtype), "remat": remat}
-        return Networks(spec, UNet(spec.unet, **kwargs), VAE(spec.vae, **kwargs), CLIPText(spec.text_encoder, **kwargs))
+        vae = TinyVAE if isinstance(spec.vae, TinyVAEConfig) else VAE
+        text = {part: CLIPText(config, **kwargs) for part, config in spec.text_encoders.items()}
+        first, second = (text.get(part) for part in ("text_encoder", "text_encoder_2"))
+        return Networks(spec, UNet(spec.unet, **kwargs), vae(spec.vae, **kwargs), first, second)
 
     def with_scaling_factor(self, factor: float) -> "Networks":
         vae = dataclasses.replace(self.spec.vae, scaling_factor=factor)
         return self._replace(spec=dataclasses.replace(self.spec, vae=vae), vae=self.vae.clone(config=vae))
 
+    def encode_text(self, params: Mapping[str, Params], ids: TokenIds, clip_skip: int | None = None) -> Conditioning:
+        """Token ids -> the states of all text encoders, joined along their width, and the last one's pooled state.
+
+        params: by part. ids: padded for the first encoder. clip_skip: None = each one's own.
+        """
+        states, pad = [], None
+        for part, config in self.spec.text_encoders.items():
+            if pad is not None and pad != config.pad_token_id:
+                ids = _pad_behind_end(ids, config.eos_token_id, config.pad_token_id)
+            pad = config.pad_token_id
+            states.append(getattr(self, part).apply({"params": params[part]}, ids, clip_skip))
+        context = states[0].context if len(states) == 1 else jnp.concatenate([s.context for s in states], axis=-1)
+        return Conditioning(context, states[-1].pooled)
+
     def init(self, part: str, key: jax.Array) -> Params:
         """Fresh parameters of one part, float32."""
-        spec = self.spec
-        side = 2 ** (len(spec.unet.block_out_channels) - 1)
-        latent = jnp.zeros((1, side, side, spec.unet.in_channels))
-        context = jnp.zeros((1, 1, spec.unet.cross_attention_dim))
-        image = jnp.zeros((1, spec.vae.downscale, spec.vae.downscale, spec.vae.in_channels))
-        arguments = {
-            "unet": (latent, jnp.zeros((1,)), context),
-            "vae": (image,),
-            "text_encoder": (jnp.zeros((1, 1), jnp.int32),),
-        }[part]
-        return getattr(self, part).init(key, *arguments)["params"]
+        return getattr(self, part).init(key, *self._smallest_inputs(part))["params"]
+
+    def _smallest_inputs(self, part: str) -> tuple:
+        unet, vae = self.spec.unet, self.spec.vae
+        if part == "vae":
+            return (jnp.zeros((1, vae.downscale, vae.downscale, vae.in_channels)),)
+        if part != "unet":
+            return (jnp.zeros((1, 1), jnp.int32),)
+        side = 2 ** (len(unet.block_out_channels) - 1)
+        conditioning = Conditioning(jnp.zeros((1, 1, unet.cross_attention_dim)))
+        if unet.addition_embed_type == "text_time":
+            numbers = self.spec.num_time_ids
+            width = unet.projection_class_embeddings_input_dim - numbers * unet.addition_time_embed_dim
+            conditioning = conditioning.replace(pooled=jnp.zeros((1, width)), time_ids=jnp.zeros((1, numbers)))
+        if unet.num_class_embeds is not None:
+            conditioning = conditioning.replace(class_labels=jnp.zeros((1,), jnp.int32))
+        if unet.time_cond_proj_dim is not None:
+            conditioning = conditioning.replace(guidance_scale=jnp.ones((1,)))
+        return jnp.zeros((1, side, side, unet.in_channels)), jnp.zeros((1,)), conditioning
+
+
+def _pad_behind_end(ids: TokenIds, end: int, pad: int) -> TokenIds:
+    """Everything behind a row's first end token becomes `pad`."""
+    ended = jnp.cumsum(ids == end, axis=1, dtype=jnp.int32)
+    behind = jnp.concatenate([jnp.zeros_like(ended[:, :1]), ended[:, :-1]], axis=1) > 0
+    return jnp.where(behind, jnp.asarray(pad, ids.dtype), ids)

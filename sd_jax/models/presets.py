@@ -1,30 +1,48 @@
 """Sizes of networks, as plain data. Field names are those of the config.json files of diffusers and transformers.
 
-Sources: SD15 is `runwayml/stable-diffusion-v1-5` (unet/, vae/, text_encoder/ and scheduler/ config.json). The others
-are ours: TINY for tests, SHAPES_32 and SHAPES_64 for pictures of shapes world.
+The presets with these types are in `families.py` (published models), and below (ours: TINY for tests, SHAPES_32 and
+SHAPES_64 for pictures of shapes world).
 """
 
 import dataclasses
 
 from sd_jax.types import NoiseScheduleConfig
 
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # of a model, by the names of a diffusers folder
+
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """diffusers' UNet2DConditionModel as SD 1.x uses it."""
+    """diffusers' UNet2DConditionModel as SD 1.x, SD 2.x, SDXL and their kin use it; the defaults are SD 1.5's.
+
+    A field of type `tuple | ...` has one value for all down blocks, or one for each; up blocks mirror them.
+    """
 
     sample_size: int = 64  # latents; the size that the model was trained at
     in_channels: int = 4
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    attention_blocks: tuple[bool, ...] = (True, True, True, False)  # which down blocks attend; up blocks mirror them
+    attention_blocks: tuple[bool, ...] = (True, True, True, False)  # which down blocks attend; the middle always does
     layers_per_block: int = 2
-    num_attention_heads: int = 8  # diffusers' config.json calls it attention_head_dim (their known misnomer)
+    transformer_layers_per_block: tuple[int, ...] | int = 1  # the middle has the last block's number
+    num_attention_heads: tuple[int, ...] | int = 8  # config.json's attention_head_dim (their known misnomer)
     cross_attention_dim: int = 768
+    only_cross_attention: tuple[bool, ...] | bool = False  # attn1 reads the context too; never in the middle
+    use_linear_projection: bool = False  # proj_in and proj_out are linears, not 1x1 convolutions
     norm_num_groups: int = 32
-    addition_embed_type: str | None = None  # "text": the prompt is pooled and joins the timestep's embedding
-    addition_embed_type_num_heads: int = 64
+    num_class_embeds: int | None = None  # noise levels of the x4 upscaler, an embedding added to the timestep's
+    time_cond_proj_dim: int | None = None  # models distilled by LCM: width of the embedded guidance scale
+    addition_embed_type: str | None = None  # "text": the context is pooled and joins the timestep's embedding;
+    # "text_time": the pooled state and the embedded time_ids join it (SDXL)
+    addition_embed_type_num_heads: int = 64  # of "text"
+    addition_time_embed_dim: int | None = None  # of "text_time": sinusoids per number of time_ids
+    projection_class_embeddings_input_dim: int | None = None  # of "text_time": pooled and all sinusoids
     resnet_time_scale_shift: str = "default"  # "scale_shift": the timestep scales features too, not only shifts them
+
+    def of_block(self, field: str, block: int):
+        """The value of such a field for a down block (-1: the last, and the middle)."""
+        value = getattr(self, field)
+        return value[block] if isinstance(value, tuple) else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +65,26 @@ class VAEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TinyVAEConfig:
+    """diffusers' AutoencoderTiny (madebyollin/taesd): trained on scaled latents, so scaling_factor is 1."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    scaling_factor: float = 1.0
+
+    @property
+    def downscale(self) -> int:
+        return 2 ** (len(self.num_decoder_blocks) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:
-    """transformers' CLIPTextModel."""
+    """transformers' CLIPTextModel, or CLIPTextModelWithProjection where there is a `projection_dim`."""
 
     vocab_size: int = 49408
     hidden_size: int = 768
@@ -60,6 +96,9 @@ class CLIPTextConfig:
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 49407  # the tokenizer's own; the `2` in SD 1.5's config.json is a known mistake
     pad_token_id: int = 49407
+    projection_dim: int | None = None  # the pooled state goes through a linear without bias (text_projection)
+    clip_skip: int = 1  # which layer the context is, counted from the end (1 = last), where a recipe does not say
+    context_norm: bool = True  # the final layer norm follows the context; the pooled state always has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +106,31 @@ class ModelSpec:
     """Everything about a text-to-image model but its weights and its words."""
 
     unet: UNetConfig = UNetConfig()
-    vae: VAEConfig = VAEConfig()
-    text_encoder: CLIPTextConfig = CLIPTextConfig()
+    vae: VAEConfig | TinyVAEConfig = VAEConfig()
+    text_encoder: CLIPTextConfig | None = CLIPTextConfig()  # None: SDXL's refiner, which has the second one alone
+    text_encoder_2: CLIPTextConfig | None = None  # SDXL: its states are joined to the first's, its pooled one is used
     noise_schedule: NoiseScheduleConfig = NoiseScheduleConfig()
+    force_zeros_for_empty_prompt: bool = False  # SDXL base: an empty negative prompt is zeros, not its encoding
+
+    @property
+    def text_encoders(self) -> dict[str, CLIPTextConfig]:
+        """By part, in the order in which their states are joined."""
+        named = {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
+        return {part: config for part, config in named.items() if config is not None}
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that such a model has, of PARTS."""
+        return ("unet", "vae", *self.text_encoders)
+
+    @property
+    def num_time_ids(self) -> int:
+        """Numbers that the U-Net is told besides (of "text_time"): 6 sizes, or 5 with a score; else 0."""
+        unet = self.unet
+        if unet.addition_embed_type != "text_time":
+            return 0
+        pooled = self.text_encoder_2.projection_dim if self.text_encoder_2 else 0
+        return (unet.projection_class_embeddings_input_dim - pooled) // unet.addition_time_embed_dim
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -77,16 +138,18 @@ class ModelSpec:
     @staticmethod
     def from_dict(data: dict) -> "ModelSpec":
         """Inverse of `to_dict`, also after a trip through JSON (lists become tuples). Unknown keys raise TypeError."""
-        parts = {"unet": UNetConfig, "vae": VAEConfig, "text_encoder": CLIPTextConfig}
-        parts["noise_schedule"] = NoiseScheduleConfig
-        as_tuples = {
-            name: {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in dict(data[name]).items()}
-            for name in data
-        }
-        return ModelSpec(**{name: parts[name](**values) for name, values in as_tuples.items()})
+        vae = TinyVAEConfig if "num_decoder_blocks" in (data.get("vae") or {}) else VAEConfig
+        kinds = {"unet": UNetConfig, "vae": vae, "text_encoder": CLIPTextConfig, "text_encoder_2": CLIPTextConfig}
+        kinds["noise_schedule"] = NoiseScheduleConfig
+        made = {}
+        for name, value in data.items():
+            if name in kinds and value is not None:
+                fields = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in dict(value).items()}
+                made[name] = kinds[name](**fields)
+            else:
+                made[name] = value
+        return ModelSpec(**made)
 
-
-SD15 = ModelSpec()
 
 TINY = ModelSpec(
     unet=UNetConfig(

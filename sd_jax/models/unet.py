@@ -1,4 +1,4 @@
-"""The U-Net of Stable Diffusion 1.x (Rombach et al. 2022), equal to diffusers' UNet2DConditionModel.
+"""The U-Net of Stable Diffusion (Rombach et al. 2022; XL: Podell et al. 2023), as diffusers' UNet2DConditionModel.
 
 Blocks are plain submodules, never scanned over: adapters find a layer by its path.
 """
@@ -18,17 +18,23 @@ from sd_jax.models.layers import (
     Upsample,
     conv,
     dense,
+    guidance_scale_embedding,
     timestep_embedding,
 )
 from sd_jax.models.presets import UNetConfig
 from sd_jax.models.resnet import ResnetBlock
+from sd_jax.types import Conditioning
 
 
 class _Block(nn.Module):
-    """What down, middle and up blocks share: how their parts are built."""
+    """What down, middle and up blocks share: how their parts are built.
+
+    `level` is the down block whose number of heads and transformer blocks it has; -1: the middle.
+    """
 
     config: UNetConfig
     features: int
+    level: int
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     remat: bool = False
@@ -44,10 +50,14 @@ class _Block(nn.Module):
         return block(self.features, groups, scale_shift=scale_shift, name=f"resnets_{index}", **self.types)
 
     def attention(self, index: int):
+        config, level = self.config, self.level
         return SpatialTransformer(
-            self.config.num_attention_heads,
-            self.config.norm_num_groups,
+            config.of_block("num_attention_heads", level),
+            config.norm_num_groups,
             self.remat,
+            num_blocks=config.of_block("transformer_layers_per_block", level),
+            linear=config.use_linear_projection,
+            only_cross_attention=level >= 0 and config.of_block("only_cross_attention", level),
             name=f"attentions_{index}",
             **self.types,
         )
@@ -137,7 +147,7 @@ class AttentionPooling(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts noise (or what the schedule's prediction_type says) from noisy latents, a timestep and a context.
+    """Predicts noise (or what the schedule's prediction_type says) from noisy latents, a timestep and a conditioning.
 
     dtype: of the computation; param_dtype: of the parameters at initialisation; remat: recompute resnets and
     transformer blocks in the backward pass instead of keeping their insides.
@@ -153,22 +163,18 @@ class UNet(nn.Module):
         self,
         latents: Float[Array, "batch height width channels"],
         timesteps: Float[Array, " batch"],
-        context: Float[Array, "batch words context_width"],
+        conditioning: Conditioning,
     ) -> Float[Array, "batch height width out_channels"]:
-        """Of any height and width. Raises ValueError where latents have another number of channels than the config."""
+        """Of any height and width. Raises ValueError where latents have another number of channels than the config, or
+        the conditioning lacks what this family reads."""
         cfg = self.config
         depth = len(cfg.block_out_channels)
         if latents.shape[-1] != cfg.in_channels:
             found = latents.shape[-1]
             raise ValueError(f"latents have {found} channels, this U-Net takes {cfg.in_channels} (unet.in_channels)")
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        h, context = latents.astype(self.dtype), context.astype(self.dtype)
-
-        # Time
-        time = timestep_embedding(timesteps, cfg.block_out_channels[0]).astype(self.dtype)
-        time = TimestepEmbedding(4 * cfg.block_out_channels[0], name="time_embedding", **types)(time)
-        if cfg.addition_embed_type is not None:
-            time = time + TextEmbedding(cfg, name="add_embedding", **types)(context)
+        h, context = latents.astype(self.dtype), conditioning.context.astype(self.dtype)
+        time = self.embed_time(timesteps, conditioning)
 
         # Down
         # Constant channels from the start: the zero padding of later convolutions shows them where the border is
@@ -177,19 +183,20 @@ class UNet(nn.Module):
         for i, features in enumerate(cfg.block_out_channels):
             attend, last = cfg.attention_blocks[i], i == depth - 1
             block = DownBlock(
-                cfg, features, remat=self.remat, attend=attend, downsample=not last, name=f"down_blocks_{i}", **types
+                cfg, features, i, remat=self.remat, attend=attend, downsample=not last, name=f"down_blocks_{i}", **types
             )
             h, new_skips = block(h, time, context)
             skips += new_skips
 
         # Middle
-        h = MidBlock(cfg, cfg.block_out_channels[-1], remat=self.remat, name="mid_block", **types)(h, time, context)
+        h = MidBlock(cfg, cfg.block_out_channels[-1], -1, remat=self.remat, name="mid_block", **types)(h, time, context)
 
         # Up, mirrored
         for i, features in enumerate(reversed(cfg.block_out_channels)):
-            attend, last = cfg.attention_blocks[depth - 1 - i], i == depth - 1
+            level, last = depth - 1 - i, i == depth - 1
+            attend = cfg.attention_blocks[level]
             block = UpBlock(
-                cfg, features, remat=self.remat, attend=attend, upsample=not last, name=f"up_blocks_{i}", **types
+                cfg, features, level, remat=self.remat, attend=attend, upsample=not last, name=f"up_blocks_{i}", **types
             )
             taken = [skips.pop() for _ in range(cfg.layers_per_block + 1)]
             h = block(h, taken, time, context, skips[-1].shape[1:3] if skips else None)
@@ -197,3 +204,36 @@ class UNet(nn.Module):
         # Out
         h = GroupNorm(cfg.norm_num_groups, 1e-5, silu=True, name="conv_norm_out", **types)(h)
         return conv(cfg.out_channels, "conv_out", self, kernel_init=ZEROS)(h)
+
+    def embed_time(
+        self, timesteps: Float[Array, " batch"], conditioning: Conditioning
+    ) -> Float[Array, "batch time_width"]:
+        """What every resnet is told: the timestep, and what else the family tells in a vector of that width."""
+        cfg = self.config
+        width = cfg.block_out_channels[0]
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+        def told(field: str, why: str):
+            value = getattr(conditioning, field)
+            if value is None:
+                raise ValueError(f"this U-Net needs {field} in its conditioning (unet.{why})")
+            return value
+
+        scale = None
+        if cfg.time_cond_proj_dim is not None:
+            scale = told("guidance_scale", "time_cond_proj_dim")
+            scale = guidance_scale_embedding(scale, cfg.time_cond_proj_dim).astype(self.dtype)
+        time = timestep_embedding(timesteps, width).astype(self.dtype)
+        time = TimestepEmbedding(4 * width, name="time_embedding", **types)(time, scale)
+        if cfg.num_class_embeds is not None:
+            labels = told("class_labels", "num_class_embeds")
+            time = time + nn.Embed(cfg.num_class_embeds, 4 * width, name="class_embedding", **types)(labels)
+        if cfg.addition_embed_type == "text":
+            time = time + TextEmbedding(cfg, name="add_embedding", **types)(conditioning.context.astype(self.dtype))
+        if cfg.addition_embed_type == "text_time":
+            pooled, time_ids = (told(field, "addition_embed_type=text_time") for field in ("pooled", "time_ids"))
+            sinusoids = timestep_embedding(time_ids.reshape(-1), cfg.addition_time_embed_dim)
+            sinusoids = sinusoids.reshape(time_ids.shape[0], -1)
+            facts = jnp.concatenate([pooled.astype(self.dtype), sinusoids.astype(self.dtype)], axis=-1)
+            time = time + TimestepEmbedding(4 * width, name="add_embedding", **types)(facts)
+        return time

@@ -162,9 +162,7 @@ class VAE(nn.Module):
 
     def encode(self, image: Image) -> Posterior:
         """Image in [-1, 1], sides divisible by `config.downscale` -> posterior of unscaled latents, float32."""
-        factor = self.config.downscale
-        if image.shape[1] % factor or image.shape[2] % factor:
-            raise ValueError(f"a picture of {image.shape[2]}x{image.shape[1]} has a side not divisible by {factor}")
+        check_divisible(image, self.config.downscale)
         return Posterior.from_moments(self.quant_conv(self.encoder(image)))
 
     def decode(self, z: Float[Array, "batch latent_height latent_width channels"]) -> Image:
@@ -173,6 +171,12 @@ class VAE(nn.Module):
 
     def __call__(self, image: Image) -> Image:
         return self.decode(self.encode(image).mean)
+
+
+def check_divisible(image: Image, factor: int) -> None:
+    """Raises ValueError for a picture with a side that is no multiple of `factor`."""
+    if image.shape[1] % factor or image.shape[2] % factor:
+        raise ValueError(f"a picture of {image.shape[2]}x{image.shape[1]} has a side not divisible by {factor}")
 
 
 def to_image(pixels: Pixels) -> Image:

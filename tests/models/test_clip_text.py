@@ -6,17 +6,18 @@ import numpy as np
 import pytest
 
 from sd_jax.models.clip_text import CLIPText
-from sd_jax.models.presets import SD15, TINY, CLIPTextConfig
+from sd_jax.models.families import SD15
+from sd_jax.models.presets import TINY, CLIPTextConfig
 
 CONFIG = TINY.text_encoder
 
 
 def tokens(config=CONFIG, batch=2, length=None):
-    """Random words, then the end token and padding with it, as CLIP-L pads."""
+    """Random words, then the end token and padding."""
     length = length or config.max_position_embeddings
     ids = np.random.default_rng(0).integers(1, config.eos_token_id, (batch, length))
     for row, end in enumerate(np.linspace(2, length - 1, batch).astype(int)):
-        ids[row, end:] = config.eos_token_id
+        ids[row, end], ids[row, end + 1 :] = config.eos_token_id, config.pad_token_id
     return jnp.asarray(ids, jnp.int32)
 
 
@@ -25,7 +26,7 @@ def params(initialise):
     return initialise(CLIPText(CONFIG), tokens())
 
 
-def run(params, ids, clip_skip=1, **types):
+def run(params, ids, clip_skip=None, **types):
     return jax.jit(lambda p: CLIPText(CONFIG, **types).apply({"params": p}, ids, clip_skip))(params)
 
 
@@ -59,6 +60,19 @@ def test_pooled_is_the_state_at_the_first_end_token(params):
     np.testing.assert_array_equal(out.pooled, out.context[jnp.arange(2), jnp.asarray(first)])
 
 
+def test_context_is_the_layer_that_the_config_says(params):
+    """SDXL: the last but one, without the final norm; the pooled state is the last one's all the same."""
+    config = dataclasses.replace(CONFIG, clip_skip=2, context_norm=False)
+    own, last = (CLIPText(config).apply({"params": params}, tokens(), skip) for skip in (None, 1))
+    norm = params["text_model"]["final_layer_norm"]
+    normed = lambda x: (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)  # noqa: E731
+    for ours, skip in ((own, 2), (last, 1)):
+        expected = run(params, tokens(), skip)
+        scaled = normed(ours.context) * norm["scale"][None, None] + norm["bias"][None, None]
+        np.testing.assert_allclose(scaled, expected.context, atol=1e-5)
+        np.testing.assert_allclose(ours.pooled, expected.pooled, atol=1e-6)
+
+
 def test_remat_changes_neither_output_nor_gradient(params, assert_trees_close):
     def value_and_gradient(remat):
         loss = lambda p: jnp.square(run(p, tokens(length=8), remat=remat).context).mean()  # noqa: E731
@@ -84,31 +98,43 @@ def reference(config: CLIPTextConfig):
 
     torch.manual_seed(0)
     fields = dataclasses.asdict(config) | {"bos_token_id": 0}
-    return transformers.CLIPTextModel(transformers.CLIPTextConfig(**fields)).eval()
+    kind = "CLIPTextModel" if config.projection_dim is None else "CLIPTextModelWithProjection"
+    return getattr(transformers, kind)(transformers.CLIPTextConfig(**fields)).eval()
 
 
 def parity_errors(config, ids, from_torch, relative_error):
-    """Errors of the context with clip_skip 1 and 2, and of the pooled state."""
+    """Errors of the context with clip_skip None, 1 and 2, and of the pooled state."""
     import torch
 
     model = reference(config)
     params = from_torch("text_encoder", model, config)
     with torch.no_grad():
         expected = model(torch.tensor(np.asarray(ids), dtype=torch.long), output_hidden_states=True)
-        norm = getattr(model, "text_model", model).final_layer_norm
-        second = norm(expected.hidden_states[-2]).numpy()
-    one, two = (jax.jit(lambda p, s=s: CLIPText(config).apply({"params": p}, ids, s))(params) for s in (1, 2))
+        norm = getattr(model, "text_model", model).final_layer_norm if config.context_norm else lambda x: x
+        contexts = [norm(expected.hidden_states[-skip]).numpy() for skip in (config.clip_skip, 1, 2)]
+    pooled = expected.pooler_output if config.projection_dim is None else expected.text_embeds
+    encoder = CLIPText(config)
+    ours = jax.jit(lambda p: [encoder.apply({"params": p}, ids, skip) for skip in (None, 1, 2)])(params)
     return (
-        relative_error(one.context, expected.last_hidden_state.numpy()),
-        relative_error(two.context, second),
-        relative_error(one.pooled, expected.pooler_output.numpy()),
+        *(relative_error(a.context, b) for a, b in zip(ours, contexts, strict=True)),
+        *(relative_error(state.pooled, pooled.numpy()) for state in ours),
     )
 
 
+# The ends of prompts are padded with another token in all but CLIP-L
+LINES = {
+    "clip_l": CONFIG,
+    "clip_l_of_sdxl": dataclasses.replace(CONFIG, clip_skip=2, context_norm=False),
+    "openclip_h": dataclasses.replace(CONFIG, hidden_act="gelu", pad_token_id=0),
+    "openclip_bigg": dataclasses.replace(
+        CONFIG, hidden_act="gelu", pad_token_id=0, projection_dim=24, clip_skip=2, context_norm=False
+    ),
+}
+
+
 @pytest.mark.parity
-@pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
-def test_equals_transformers(hidden_act, from_torch, relative_error):
-    config = dataclasses.replace(CONFIG, hidden_act=hidden_act)
+@pytest.mark.parametrize("config", LINES.values(), ids=LINES)
+def test_equals_transformers(config, from_torch, relative_error):
     assert max(parity_errors(config, tokens(config), from_torch, relative_error)) < 1e-5
 
 

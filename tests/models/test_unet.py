@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sd_jax.models.presets import SD15, TINY, UNetConfig
+from sd_jax.models.families import SD15
+from sd_jax.models.presets import TINY, UNetConfig
 from sd_jax.models.unet import UNet
+from sd_jax.types import Conditioning
 
 CONFIG = TINY.unet
 
@@ -15,7 +17,16 @@ def example(config=CONFIG, batch=2, height=8, width=16, words=5):
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     timesteps = jnp.asarray(np.linspace(20.5, 980.0, batch), jnp.float32)
-    return draw(batch, height, width, config.in_channels), timesteps, draw(batch, words, config.cross_attention_dim)
+    conditioning = Conditioning(draw(batch, words, config.cross_attention_dim))
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        sizes = jnp.asarray(rng.integers(0, 1024, (batch, 6)), jnp.float32)
+        conditioning = conditioning.replace(pooled=draw(batch, pooled), time_ids=sizes)
+    if config.num_class_embeds is not None:
+        conditioning = conditioning.replace(class_labels=jnp.arange(batch, dtype=jnp.int32))
+    if config.time_cond_proj_dim is not None:
+        conditioning = conditioning.replace(guidance_scale=jnp.asarray(np.linspace(1.0, 8.5, batch), jnp.float32))
+    return draw(batch, height, width, config.in_channels), timesteps, conditioning
 
 
 @pytest.fixture(scope="module")
@@ -59,20 +70,94 @@ def test_remat_changes_neither_output_nor_gradient(initialise, assert_trees_clos
 
 
 def test_timestep_and_context_matter_and_the_batch_does_not_mix(params):
-    latents, timesteps, context = example()
-    both = run(params, (latents, timesteps, context))
-    other = run(params, (latents.at[1].add(1.0), timesteps, context))
+    latents, timesteps, conditioning = example()
+    both = run(params, (latents, timesteps, conditioning))
+    other = run(params, (latents.at[1].add(1.0), timesteps, conditioning))
     np.testing.assert_array_equal(both[0], other[0])
-    assert np.abs(run(params, (latents, timesteps + 0.5, context)) - both).max() > 1e-4
-    assert np.abs(run(params, (latents, timesteps, context + 1.0)) - both).max() > 1e-3
+    assert np.abs(run(params, (latents, timesteps + 0.5, conditioning)) - both).max() > 1e-4
+    assert np.abs(run(params, (latents, timesteps, Conditioning(conditioning.context + 1.0))) - both).max() > 1e-3
 
 
 def test_wrong_latents_are_named():
     with pytest.raises(ValueError, match="latents have 3 channels, this U-Net takes 4"):
-        UNet(CONFIG).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), jnp.zeros((1, 5, 32)))
+        UNet(CONFIG).init(jax.random.key(0), jnp.zeros((2, 8, 8, 3)), *example()[1:])
+
+
+# A small one of each line: what is different in it, and a level that attends as well as one that does not
+SD2 = dataclasses.replace(CONFIG, num_attention_heads=(1, 4), attention_blocks=(True, True), use_linear_projection=True)
+X4 = dataclasses.replace(
+    CONFIG,
+    in_channels=7,
+    block_out_channels=(32, 32, 64),
+    attention_blocks=(False, True, True),
+    only_cross_attention=(True, True, False),
+    use_linear_projection=True,
+    num_class_embeds=20,
+)
+SDXL = dataclasses.replace(
+    CONFIG,
+    block_out_channels=(32, 32, 64),
+    attention_blocks=(False, True, True),
+    num_attention_heads=(1, 2, 4),
+    transformer_layers_per_block=(1, 2, 3),
+    use_linear_projection=True,
+    time_cond_proj_dim=16,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=24 + 6 * 8,
+)
+REFINER = dataclasses.replace(
+    SDXL,
+    block_out_channels=(32, 64, 64),
+    attention_blocks=(False, True, False),
+    transformer_layers_per_block=2,
+    time_cond_proj_dim=None,
+)
+
+
+def shape_of(config, inputs):
+    return jax.eval_shape(lambda key: UNet(config).init_with_output(key, *inputs)[0], jax.random.key(0)).shape
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "setting"),
+    [
+        (SDXL, "pooled", "unet.addition_embed_type=text_time"),
+        (SDXL, "time_ids", "unet.addition_embed_type=text_time"),
+        (SDXL, "guidance_scale", "unet.time_cond_proj_dim"),
+        (X4, "class_labels", "unet.num_class_embeds"),
+    ],
+)
+def test_what_the_family_needs_and_is_not_told_is_named(config, field, setting):
+    latents, timesteps, conditioning = example(config)
+    assert shape_of(config, (latents, timesteps, conditioning)) == (2, 8, 16, 4)
+    with pytest.raises(ValueError, match=f"this U-Net needs {field} in its conditioning [(]{setting}[)]"):
+        shape_of(config, (latents, timesteps, conditioning.replace(**{field: None})))
+
+
+def test_what_the_family_does_not_read_does_not_matter(params):
+    """So that a batch of prompts may carry everything that some model of it reads."""
+    latents, timesteps, conditioning = example()
+    more = conditioning.replace(pooled=jnp.ones((2, 3)), class_labels=jnp.ones(2, jnp.int32))
+    plain = run(params, (latents, timesteps, conditioning))
+    np.testing.assert_array_equal(run(params, (latents, timesteps, more)), plain)
 
 
 # Parity with diffusers
+
+
+SAME_NAME = (
+    "cross_attention_dim",
+    "norm_num_groups",
+    "transformer_layers_per_block",
+    "only_cross_attention",
+    "use_linear_projection",
+    "num_class_embeds",
+    "time_cond_proj_dim",
+    "addition_embed_type",
+    "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
+)
 
 
 def reference(config: UNetConfig):
@@ -91,20 +176,34 @@ def reference(config: UNetConfig):
         up_block_types=tuple(names[attend][1] for attend in reversed(config.attention_blocks)),
         layers_per_block=config.layers_per_block,
         attention_head_dim=config.num_attention_heads,
-        cross_attention_dim=config.cross_attention_dim,
-        norm_num_groups=config.norm_num_groups,
+        **{field: getattr(config, field) for field in SAME_NAME},
     )
     return model.eval()
+
+
+def told(conditioning, config):
+    """Keyword arguments of diffusers' model."""
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+
+    given = {name: torch.tensor(np.asarray(value)) for name, value in vars(conditioning).items() if value is not None}
+    keywords = {"encoder_hidden_states": given["context"], "class_labels": given.get("class_labels")}
+    if config.addition_embed_type == "text_time":
+        keywords["added_cond_kwargs"] = {"text_embeds": given["pooled"], "time_ids": given["time_ids"]}
+    if config.time_cond_proj_dim is not None:
+        embed = StableDiffusionXLPipeline.get_guidance_scale_embedding
+        keywords["timestep_cond"] = embed(None, given["guidance_scale"] - 1, config.time_cond_proj_dim)
+    return keywords
 
 
 def parity_error(config, inputs, from_torch, relative_error):
     import torch
 
     model = reference(config)
-    latents, timesteps, context = inputs
+    latents, timesteps, conditioning = inputs
     with torch.no_grad():
-        as_torch = [torch.tensor(np.asarray(x)) for x in (latents.transpose(0, 3, 1, 2), timesteps, context)]
-        expected = model(*as_torch).sample.permute(0, 2, 3, 1).numpy()
+        as_torch = [torch.tensor(np.asarray(x)) for x in (latents.transpose(0, 3, 1, 2), timesteps)]
+        expected = model(*as_torch, **told(conditioning, config)).sample.permute(0, 2, 3, 1).numpy()
     ours = jax.jit(UNet(config).apply)({"params": from_torch("unet", model, config)}, *inputs)
     return relative_error(ours, expected)
 
@@ -117,10 +216,16 @@ DEEP = dataclasses.replace(
 @pytest.mark.parity
 @pytest.mark.parametrize(
     ("config", "size"),
-    [(CONFIG, (8, 8)), (CONFIG, (8, 16)), (DEEP, (24, 8)), (CONFIG, (9, 13)), (DEEP, (9, 13))],
+    [(CONFIG, (8, 16)), (DEEP, (24, 8)), (CONFIG, (9, 13)), (DEEP, (9, 13))],
 )
 def test_equals_diffusers(config, size, from_torch, relative_error):
     assert parity_error(config, example(config, 2, *size), from_torch, relative_error) < 1e-5
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("config", [SD2, X4, SDXL, REFINER], ids=["sd2", "x4", "sdxl", "refiner"])
+def test_every_family_equals_diffusers(config, from_torch, relative_error):
+    assert parity_error(config, example(config, 2, 8, 8), from_torch, relative_error) < 1e-5
 
 
 @pytest.mark.parity

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sd_jax.models.presets import SD15, TINY, VAEConfig
+from sd_jax.models.families import SD15
+from sd_jax.models.presets import TINY, VAEConfig
 from sd_jax.models.vae import VAE, Posterior, to_image, to_pixels
 
 CONFIG = TINY.vae
