@@ -4,6 +4,7 @@ Writes OUT/00000.png, 00001.png, ..., each carrying its recipe, and OUT/sheet.pn
 what is not given has the field's default, or the model's own.
 
     --init_image=PICTURE [--mask=PICTURE]        start from a picture; redraw it where the mask is white
+    --refiner=PATH [--refiner_switch=0.8]        another model walks the last steps, as SDXL's refiner does
     --recipe=PICTURE                             make that picture again; other flags win over its recipe
     --grid="sampler=euler,heun;steps=10,20"      a picture for each combination, and OUT/grid.png in place of the sheet
     --prompts_file=FILE --batch_size=8           a picture for each line, eight at a time
@@ -11,6 +12,7 @@ what is not given has the field's default, or the model's own.
 
 import pathlib
 import sys
+from logging import INFO, getLogger
 
 from absl import app, flags, logging
 
@@ -19,19 +21,25 @@ from sd_jax.sampling.recipe import FIELDS, kind_of, read_value, wanted
 from sd_jax.types import Recipe
 
 LOADING = {
-    "checkpoint": "A workdir, a diffusers folder or a .safetensors file; none = the bundled model.",
+    "checkpoint": "A workdir, a diffusers folder, a single file or a hub name; none = the bundled model.",
     "dtype": "Of weights and computation: float32, bfloat16 or float16.",
     "tokenizer": "A folder or hub name, for files without one.",
-    "vae": "Another checkpoint to take the autoencoder from.",
+    "vae": "Another checkpoint to take the autoencoder from, which may be a tiny one.",
+    "text_encoder": "Another checkpoint to take the text encoders from, or two: FIRST,SECOND.",
     "weights": "ema: the averaged weights, or raw: those of the last step.",
+    "config": "The .yaml that describes a single file; none = that beside it.",
+    "prediction_type": "What the U-Net predicts: epsilon, v_prediction, ...; none = what the checkpoint says.",
+    "refiner": "Another checkpoint, which walks the last steps.",
 }
-for name, text in LOADING.items():
+INPUTS = {
+    "mask": "White where the picture is redrawn; of its size.",
+    "depth": "For models that see depth: a map of it, bright where it is near.",
+    "recipe": "A picture to make again, of ours or of A1111.",
+    "grid": "Up to three axes: field=value,value;field=first-last (+step).",
+    "prompts_file": "A prompt a line.",
+}
+for name, text in (LOADING | {"init_image": "The picture to start from."} | INPUTS).items():
     flags.DEFINE_string(name, {"dtype": "float32", "weights": "ema"}.get(name), text)
-flags.DEFINE_string("init_image", None, "The picture to start from.")
-flags.DEFINE_string("mask", None, "White where the picture is redrawn; of its size.")
-flags.DEFINE_string("recipe", None, "A picture to make again, of ours or of A1111.")
-flags.DEFINE_string("grid", None, "Up to three axes: field=value,value;field=first-last (+step).")
-flags.DEFINE_string("prompts_file", None, "A prompt a line.")
 flags.DEFINE_string("out", "samples", "The folder that pictures are written to.")
 flags.DEFINE_enum("format", "png", FORMATS, "Of the pictures.")
 flags.DEFINE_bool("previews", False, "Whether OUT/preview.png shows what is being made.")
@@ -47,7 +55,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     options = flags.FLAGS
     if not options["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # what JAX tells of itself is not for here
+        logging.set_verbosity(logging.WARNING)  # what JAX tells of itself is not for here,
+        getLogger("sd_jax.sampling.pipeline").setLevel(INFO)  # but how a checkpoint was understood is
 
     def given(names) -> dict:
         return {name: getattr(options, name) for name in names if options[name].present}
@@ -56,19 +65,8 @@ def main(argv: list[str]) -> None:
 
     try:
         fields = {name: read_value(name, str(value)) for name, value in given(FIELDS).items()}
-        order = Order(
-            fields,
-            given(LOADING),
-            image=options.init_image,
-            mask=options.mask,
-            recipe=options.recipe,
-            grid=options.grid,
-            prompts_file=options.prompts_file,
-            out=pathlib.Path(options.out),
-            format=options.format,
-            previews=options.previews,
-        )
-        for path in carry_out(order):
+        files = {"image": options.init_image, "out": pathlib.Path(options.out)} | given(INPUTS)
+        for path in carry_out(Order(fields, given(LOADING), format=options.format, previews=options.previews, **files)):
             print(path)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

@@ -26,6 +26,7 @@ def test_a_picture_and_the_same_again(pipe, tmp_path):  # noqa: F811
     flags += [f"--checkpoint={tmp_path}/model", f"--init_image={tmp_path}/image.png", "--eta=none", "--format=webp"]
     made = doors.run("sample.py", *flags, f"--out={tmp_path}/out")
     assert made.stdout.splitlines() == [f"{tmp_path}/out/00000.webp", f"{tmp_path}/out/sheet.png"]
+    assert made.stderr.count("prediction type v_prediction") == 1
     recipe = Recipe("a star", steps=2, guidance_scale=3.0, seed=9, extend=(0, 0, 8, 0), only_masked=True, strength=1.0)
     assert read_recipe(tmp_path / "out" / "00000.webp") == recipe
     first = media.decode_image(tmp_path / "out" / "00000.webp")

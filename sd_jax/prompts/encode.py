@@ -6,7 +6,8 @@ A text of n chunks (`chunks.py`) becomes n * positions states z. Weights w, one 
     comfy   z' = z_empty + w (z - z_empty), z_empty the states of the empty prompt                           (2)
 
 A1111 takes the means of Eq. 1 over all texts of a schedule at once; here each chunk has its own, so that a text has one
-encoding whatever else is encoded. Where mean(z) is nothing but rounding, z' = w z.
+encoding whatever else is encoded. Where mean(z) is nothing but rounding, z' = w z. Where the states of several encoders
+are joined (SDXL), each has means of its own.
 
 Texts of unequal length get one number of tokens, in four ways that A1111 and ComfyUI have:
 - `encode_texts`, and the texts of one schedule: empty prompts follow (comfy: see the last);
@@ -80,6 +81,12 @@ class EncodedPrompt:
         rows = jnp.asarray(self.index)[:, :, call].reshape(-1)
         return Conditioning(*(None if x is None else jnp.asarray(x)[rows] for x in (self.contexts, self.pooled)))
 
+    def zeros(self) -> "EncodedPrompt":
+        """One prompt for all calls, all zeros, of as many tokens: the empty negative prompt of SDXL."""
+        rows = lambda x: None if x is None else np.zeros((TABLE_ROWS, *x.shape[1:]), x.dtype)  # noqa: E731
+        index = np.zeros((1, 1, self.index.shape[-1]), np.int32)
+        return EncodedPrompt(rows(self.contexts), rows(self.pooled), index, np.ones((1, 1), np.float32))
+
     def repeat(self, times: int) -> "EncodedPrompt":
         """Each prompt `times` times in a row."""
         index, weights = (np.repeat(np.asarray(x), times, axis=0) for x in (self.index, self.weights))
@@ -95,6 +102,7 @@ def encode_prompts(
     syntax: str = "a1111",  # or "comfy", "plain"
     negative: bool = False,  # negative prompts are not split at AND, and their tags are text (A1111)
     base_calls: int | None = None,  # of the first pass, where this is the second one of hires fix
+    widths: Sequence[int] = (),  # of the states of several encoders, in the order in which they are joined
 ) -> EncodedPrompt:
     """All that a syntax knows. Arrays are NumPy's, of the encoder's dtype.
 
@@ -103,7 +111,7 @@ def encode_prompts(
     """
     if not prompts:
         raise ValueError("there are no prompts to encode; no words are the prompt ''")
-    reader = _Reader(tokenizer, encode, positions, syntax)
+    reader = _Reader(tokenizer, encode, positions, syntax, widths)
     edits = reader.rules.edits
     compositions = {}  # prompt -> its parts: (weight, schedule)
     for prompt in dict.fromkeys(prompts):
@@ -140,13 +148,18 @@ def encode_prompts(
 
 
 def encode_texts(
-    texts: Sequence[str], tokenizer: Tokenizer, encode: Encode, positions: int, syntax: str = "a1111"
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    encode: Encode,
+    positions: int,
+    syntax: str = "a1111",
+    widths: Sequence[int] = (),
 ) -> Conditioning:
     """Weights and chunks alone: AND, schedules and tags are text. pooled: of the first chunk.
 
     Raises ValueError for an unknown syntax, naming the nearest.
     """
-    reader = _Reader(tokenizer, encode, positions, syntax)
+    reader = _Reader(tokenizer, encode, positions, syntax, widths)
     encoded = reader.read_all(texts)
     pooled = None if encoded[0][1] is None else jnp.asarray(np.stack([p for _, p in encoded]))
     return Conditioning(jnp.asarray(np.stack([z for z, _ in encoded])), pooled)
@@ -166,9 +179,10 @@ def match_tokens(*encoded: EncodedPrompt) -> tuple[EncodedPrompt, ...]:
 class _Reader:
     """Texts -> weighted states, in NumPy. One chunk at a time goes through the encoder: its shape never changes."""
 
-    def __init__(self, tokenizer: Tokenizer, encode: Encode, positions: int, syntax: str):
+    def __init__(self, tokenizer: Tokenizer, encode: Encode, positions: int, syntax: str, widths: Sequence[int]):
         self.tokenizer, self.encode, self.positions = tokenizer, encode, positions
         self.syntax, self.rules = syntax, syntax_named(syntax)
+        self._ends = np.cumsum(widths, dtype=int)[:-1]  # of each encoder's states but the last one's
         self._seen: dict[bytes, tuple[np.ndarray, np.ndarray | None]] = {}
 
     def read_all(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray | None]]:
@@ -205,7 +219,8 @@ class _Reader:
         if self.rules.emphasis == "empty":
             empty = self._empty().astype(np.float32)
             return (empty + w * (z - empty)).astype(dtype)  # (Eq. 2)
-        return (w * z * _restoring(z, w)).astype(dtype)  # (Eq. 1)
+        parts = np.split(z, self._ends, axis=-1)
+        return np.concatenate([w * part * _restoring(part, w) for part in parts], axis=-1).astype(dtype)  # (Eq. 1)
 
     def _followed_by_empty(self, z: np.ndarray, tokens: int) -> np.ndarray:
         return np.concatenate([z, *[self._empty()] * ((tokens - len(z)) // self.positions)])

@@ -13,6 +13,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from sd_jax import media
+from sd_jax.sampling.resize import resize_latents
 from sd_jax.types import AnyArray, Pixels
 
 Mask = Float[np.ndarray, "batch height width 1"]  # [0, 1]
@@ -73,6 +74,31 @@ def read_mask(
     return array.mean(-1, dtype=np.float32, keepdims=True) / np.float32(255)
 
 
+def read_depth(depth: Any) -> Float[np.ndarray, "batch height width 1"]:
+    """A map of depth: a path, a PIL image (of 16 bits, too), or an array [height, width] or a batch of such, with or
+    without channels, which are averaged. Numbers of any range; the larger, the nearer, as MiDaS has it.
+
+    Raises BadImage for a file that is no picture, ValueError for such an array.
+    """
+    if isinstance(depth, str | pathlib.Path):
+        media.decode_image(depth)  # says what is wrong with a file that is no picture
+        with Image.open(depth) as opened:
+            depth = opened.copy()
+    if isinstance(depth, Image.Image):
+        depth = media._upright(depth)
+        depth = np.asarray(depth if depth.mode[0] in "IF" else media._to_rgb(depth))
+    array = np.asarray(depth).astype(np.float32)
+    if array.ndim == 2:
+        array = array[None, ..., None]
+    elif array.ndim == 3:  # a batch, or one with channels
+        array = array[None] if array.shape[2] in (1, 3) else array[..., None]
+    if array.ndim != 4 or array.shape[-1] not in (1, 3) or not array.size:
+        raise ValueError(f"depth has the shape {np.shape(depth)}: give [height, width], or a batch of such")
+    if not np.isfinite(array).all():
+        raise ValueError("depth has numbers that are not finite")
+    return array.mean(-1, dtype=np.float32, keepdims=True)
+
+
 def _over_black(image: Image.Image) -> np.ndarray:
     if not image.has_transparency_data:
         return np.array(media._to_rgb(image), np.uint8)
@@ -124,6 +150,18 @@ def latent_mask(mask: Mask, factor: int) -> Float[np.ndarray, "batch h w 1"]:
     batch, height, width, _ = mask.shape
     cells = mask.reshape(batch, height // factor, factor, width // factor, factor)
     return (cells.max((2, 4)) > 0).astype(np.float32)[..., None]
+
+
+def latent_depth(
+    depth: Float[np.ndarray, "batch height width 1"], height: int, width: int
+) -> Float[np.ndarray, "batch new_height new_width 1"]:
+    """In the latents' size, by bicubic interpolation, then from -1 (far) to 1 (near), each picture by itself.
+
+    As diffusers' StableDiffusionDepth2ImgPipeline has it. A map that is the same everywhere is far.
+    """
+    depth = resize_latents(depth, height, width, "bicubic")
+    low, high = (edge((1, 2, 3), keepdims=True) for edge in (depth.min, depth.max))
+    return 2 * (depth - low) / np.where(high > low, high - low, np.float32(1)) - 1
 
 
 # -- Parts of a picture ------------------------------------------------------------------------------------------------

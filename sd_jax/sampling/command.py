@@ -34,7 +34,10 @@ from sd_jax.types import Conditioning, Recipe
 
 logger = getLogger(__name__)
 
-LOADING = ("checkpoint", "dtype", "tokenizer", "vae", "weights")  # fields of an Origin: what `load` takes
+# Fields of an Origin: what `load` takes; and the paths of weights, of which it has the hashes
+LOADING = ("checkpoint", "dtype", "tokenizer", "vae", "weights", "config", "prediction_type", "text_encoder")
+WEIGHTS = ("checkpoint", "vae", "text_encoder", "refiner")
+INPUTS = {"image": "--init_image", "mask": "--mask", "depth": "--depth"}
 SECONDS_BETWEEN_PREVIEWS = 0.5
 
 
@@ -43,9 +46,10 @@ class Order:
     """A command, as it was given."""
 
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the Recipe, those that were given
-    loading: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of LOADING, likewise
-    image: str | None = None  # what it starts from, and the mask
+    loading: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of LOADING, and refiner, likewise
+    image: str | None = None  # what it starts from, the mask, and the map of depth
     mask: str | None = None
+    depth: str | None = None
     recipe: str | None = None  # a picture to make again; what is given above wins over what it says
     grid: str | None = None  # see grid.py
     prompts_file: str | None = None
@@ -78,11 +82,16 @@ def carry_out(order: Order) -> Iterator[pathlib.Path]:
     if not axes and not prompts:
         axes = grid.from_json(told.grid or [])
         prompts = told.prompts if told.prompts and "prompt" not in order.fields else []
-    image, mask = _input(order, told, "image", "--init_image"), _input(order, told, "mask", "--mask")
+    image, mask, depth = (_input(order, told, name) for name in INPUTS)
     if order.recipe and told.origin is None and recipe.strength and recipe.scale is None and image is None:
         raise ValueError(f"{order.recipe} was made from a picture that it does not name: give it as --init_image=")
     loading = _loading(order, told)
-    pipe = load(loading["checkpoint"], **{name: loading[name] for name in LOADING[1:]})
+    texts_from = _paths(loading, "text_encoder")
+    several = {"text_encoder": texts_from} if len(texts_from) > 1 else {}
+    pipe = load(loading["checkpoint"], **{name: loading[name] for name in LOADING[1:]} | several)
+    refiner = None
+    if loading["refiner"] is not None:
+        refiner = load(loading["refiner"], **{name: loading[name] for name in ("dtype", "tokenizer", "weights")})
 
     # What is made at once
     if axes:
@@ -93,15 +102,15 @@ def carry_out(order: Order) -> Iterator[pathlib.Path]:
         work, more = [_again(recipe, told.batch)], {"batch": told.batch}
     else:
         work, more = [_Batch(recipe, range(recipe.batch_size))], {}
-    steps = sum(pipe.steps_of(batch.recipe, image, mask) for batch in work)
-    origin = _origin(loading, image, mask)
+    steps = sum(pipe.steps_of(batch.recipe, image, mask, depth, refiner) for batch in work)
+    origin = _origin(loading, {"image": image, "mask": mask, "depth": depth})
     _tell_differences(order, told, origin)
 
     # Pictures
     made: dict[int, tuple[media.Picture, Recipe]] = {}
     with _Progress(pipe, steps, order) as progress:
         for batch in work:
-            images = pipe.make(batch.recipe, image, mask, progress, batch.prompts)
+            images = pipe.make(batch.recipe, image, mask, progress, batch.prompts, depth, refiner)
             size = images.shape[2], images.shape[1]
             origin = dataclasses.replace(origin, job=job_of(batch.recipe, image, mask))
             whole = {"size": len(images)} | ({"prompts": list(batch.prompts)} if batch.prompts else {})
@@ -141,8 +150,9 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def _input(order: Order, told: Record, name: str, flag: str) -> str | None:
-    """The picture or the mask to start from: as given, else that of the recipe, if the file is still the same."""
+def _input(order: Order, told: Record, name: str) -> str | None:
+    """A picture of INPUTS: as given, else that of the recipe, if the file is still the same."""
+    flag = INPUTS[name]
     given, recorded = getattr(order, name), told.origin and getattr(told.origin, name)
     if given is not None or recorded is None:
         return given
@@ -162,23 +172,27 @@ def _loading(order: Order, told: Record) -> dict[str, Any]:
     if order.recipe and told.origin is None and "checkpoint" not in order.loading:
         model = f"{told.model or 'an unnamed model'} (hash {told.model_hash or 'unknown'})"
         raise ValueError(f"{order.recipe} was made by another program with {model}: give it as --checkpoint=PATH")
-    defaults = {field.name: field.default for field in dataclasses.fields(Origin) if field.name in LOADING}
-    recorded = {} if told.origin is None else {name: getattr(told.origin, name) for name in LOADING}
+    names = (*LOADING, "refiner")
+    defaults = {field.name: field.default for field in dataclasses.fields(Origin) if field.name in names}
+    recorded = {} if told.origin is None else {name: getattr(told.origin, name) for name in names}
     return {**defaults, **recorded, **order.loading}
 
 
-def _origin(loading: Mapping[str, Any], image: str | None, mask: str | None) -> Origin:
-    checkpoint, vae = loading["checkpoint"], loading["vae"]
+def _origin(loading: Mapping[str, Any], inputs: Mapping[str, str | None]) -> Origin:
     sources = {
         name: path and {"path": str(pathlib.Path(path).absolute()), "sha256": hash_of_file(path)}
-        for name, path in (("image", image), ("mask", mask))
+        for name, path in inputs.items()
     }
-    return Origin(
-        **loading,
-        **sources,
-        checkpoint_hash=hash_of_weights(BUNDLED if checkpoint is None else checkpoint),
-        vae_hash=None if vae is None else hash_of_weights(vae),
-    )
+    hashes = {name: ",".join(map(hash_of_weights, _paths(loading, name))) for name in WEIGHTS}
+    return Origin(**loading, **sources, **{f"{name}_hash": found or None for name, found in hashes.items()})
+
+
+def _paths(loading: Mapping[str, Any], name: str) -> list[str | pathlib.Path]:
+    """None, one, or two text encoders with a comma between them."""
+    path = BUNDLED if name == "checkpoint" and loading[name] is None else loading[name]
+    if path is None:
+        return []
+    return path.split(",") if name == "text_encoder" else [path]
 
 
 def _tell_differences(order: Order, told: Record, here: Origin) -> None:
@@ -191,8 +205,8 @@ def _tell_differences(order: Order, told: Record, here: Origin) -> None:
 
 
 def _versions(origin: Origin) -> dict[str, str | None]:
-    own = {"checkpoint": origin.checkpoint_hash, "vae": origin.vae_hash, "platform": origin.platform}
-    return {**own, **origin.versions}
+    hashes = {name: getattr(origin, f"{name}_hash") for name in WEIGHTS}
+    return {**hashes, "platform": origin.platform, **origin.versions}
 
 
 # -- What is made at once --------------------------------------------------------------------------------------------
@@ -223,10 +237,9 @@ def _again(recipe: Recipe, batch: Mapping[str, Any]) -> _Batch:
 def _shape_of(pipe: Pipeline, recipe: Recipe, prompt: str) -> tuple[int, int, bool]:
     """What of a prompt compiles anew: tokens, parts, and whether it is one part of weight 1."""
     calls = samplers.sampler_named(recipe.sampler).calls * recipe.steps
-    positions = pipe.spec.text_encoder.max_position_embeddings
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the job gives them
-        encoded = encode_prompts([prompt], pipe.tokenizer, _nothing, positions, calls, recipe.prompt_syntax)
+        encoded = encode_prompts([prompt], pipe.tokenizer, _nothing, pipe.positions, calls, recipe.prompt_syntax)
     return encoded.contexts.shape[1], encoded.parts, encoded.is_single
 
 

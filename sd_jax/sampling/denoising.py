@@ -10,8 +10,9 @@ steps in three ways (`strength_steps`), for n steps and strength s:
 A prompt that changes while sampling counts calls of the denoiser from the first that is made, over `steps` steps, as in
 A1111: what it skips at the start is missing at the end.
 
-The compiled walk takes its first and its last step as arguments. So strength compiles nothing, and someone who looks on
-(a progress bar, previews) gets the same program, called once for each step.
+The compiled walk takes its first and its last step as arguments. So strength compiles nothing, someone who looks on (a
+progress bar, previews) gets the same program, called once for each step, and another model can take over on the way,
+with all that a sampler remembers: SDXL's refiner, from the first step below a timestep on (`refiner_switch`).
 """
 
 import functools
@@ -29,7 +30,7 @@ from sd_jax.diffusion.denoiser import make_denoiser
 from sd_jax.diffusion.inpainting import within_mask
 from sd_jax.diffusion.samplers_ode import SamplerOptions
 from sd_jax.models.networks import Networks
-from sd_jax.prompts.encode import EncodedPrompt, encode_prompts, match_tokens
+from sd_jax.sampling.conditioning import Rows, Told, of_call, tell
 from sd_jax.sampling.tiles import tiled_denoiser
 from sd_jax.types import AnyArray, Conditioning, Latents, Params, Recipe
 
@@ -44,7 +45,7 @@ class Start(NamedTuple):
     clean: Latents | None = None  # the picture's, for the whole batch or one for all; None = from nothing
     strength: float = 1.0  # how much of the ladder is walked; only with `clean`
     mask: Float[AnyArray, "batch_or_1 h w 1"] | None = None  # 1 = redrawn, 0 = kept as in `clean`
-    concat: Float[AnyArray, "batch_or_1 h w extra"] | None = None  # what an inpainting U-Net sees beside the latents
+    concat: Float[AnyArray, "batch_or_1 h w extra"] | None = None  # what a U-Net sees beside the latents
     from_noise: bool = False  # begin with noise alone, although there is a picture
     first_pass_steps: int | None = None  # in the second pass of hires_fix
 
@@ -65,35 +66,38 @@ def denoise(
     start: Start,
     given: Given,
     callback: Callable | None = None,
+    refiner: "Pipeline | None" = None,  # takes over at the recipe's refiner_switch
 ) -> Latents:
     """Latents of the pictures, float32. Raises ValueError, naming the field, for what cannot be made."""
     if recipe.batch_size < 1:
         raise ValueError(f"batch_size={recipe.batch_size}: at least 1 is needed")
-    channels = pipe.spec.vae.latent_channels + (0 if start.concat is None else start.concat.shape[-1])
-    if pipe.spec.unet.in_channels != channels:
-        raise ValueError(f"this U-Net takes {pipe.spec.unet.in_channels} channels, not {channels}: use it to inpaint")
+    models = [pipe] if refiner is None else [pipe, refiner]
+    for model in models:
+        _check_channels(model, start)
     row = samplers.sampler_named(recipe.sampler)
     ladder, begin = plan(pipe, recipe, start)
+    steps = samplers.count_steps(row, len(ladder.sigmas) - 1)
+    turns = [begin, steps] if refiner is None else [begin, max(begin, _switch(pipe, recipe, ladder)), steps]
     options = SamplerOptions(**{name: _number(getattr(recipe, name, None)) for name in SamplerOptions._fields})
 
     # Prompts
-    calls = row.calls * recipe.steps
-    base = None if start.first_pass_steps is None else row.calls * start.first_pass_steps
-    positive = _encoded(pipe, [prompt] if isinstance(prompt, str) else prompt, recipe, calls, base, given.conditioning)
-    if given.conditioning is None:
-        positive = positive.repeat(recipe.batch_size)
-    if start.clean is not None and len(positive.index) == 1:
-        positive = positive.repeat(len(start.clean))
-    batch = len(positive.index)
-    guided = float(recipe.guidance_scale) != 1.0 or not positive.is_single
-    negative = None
-    if guided:
-        texts = [recipe.negative_prompt]
-        negative = _encoded(pipe, texts, recipe, calls, base, given.negative_conditioning, negative=True)
-        negative = negative.repeat(batch) if len(negative.index) == 1 else negative
-        if len(negative.index) != batch:
-            raise ValueError(f"negative_conditioning holds {len(negative.index)} prompts, the prompts are {batch}")
-        positive, negative = match_tokens(positive, negative)
+    if refiner is not None and (given.conditioning is not None or given.negative_conditioning is not None):
+        raise ValueError("conditioning is for one model: give prompts where a refiner takes over")
+    told = [
+        tell(
+            model,
+            [prompt] if isinstance(prompt, str) else prompt,
+            recipe,
+            row.calls * recipe.steps,
+            None if start.first_pass_steps is None else row.calls * start.first_pass_steps,
+            tuple(side * pipe.spec.vae.downscale for side in start.size),
+            None if start.clean is None else len(start.clean),
+            given.conditioning,
+            given.negative_conditioning,
+        )
+        for model in models
+    ]
+    batch = told[0].batch
 
     # Noise
     shape = (*start.size, pipe.spec.vae.latent_channels)
@@ -116,10 +120,7 @@ def denoise(
     run = _Run(
         ladder=ladder,
         begin=None if row.ladder else np.int32(begin),
-        contexts=_table(positive, negative),
-        rows=_rows(positive.index),
-        negative_rows=None if negative is None else _rows(negative.index, offset=len(positive.contexts)),
-        weights=None if positive.is_single else np.asarray(positive.weights),
+        told=told[0],
         guidance=_guidance(recipe, ladder.sigmas[begin:]),
         options=options,
         keys=keys,
@@ -130,19 +131,19 @@ def denoise(
         blind_from=None if start.mask is None else np.float32(ladder.sigmas[begin] if start.from_noise else np.inf),
         concat=None if start.concat is None else _for_each(start.concat, batch, "image"),
     )
-    walk = functools.partial(
-        _walk,
-        pipe._part("unet"),
-        run,
-        networks=pipe.networks,
-        sampler=recipe.sampler,
-        tile=_tile(pipe, recipe),
-    )
-    steps = samplers.count_steps(row, len(ladder.sigmas) - 1)
-    if callback is None:
-        carry = walk(carry, np.int32(begin), np.int32(steps))
-    else:
-        for step in range(begin, steps):
+    for model, heard, first, last in zip(models, told, turns[:-1], turns[1:], strict=True):
+        walk = functools.partial(
+            _walk,
+            model._part("unet"),
+            run._replace(told=heard),
+            networks=model.networks,
+            sampler=recipe.sampler,
+            tile=_tile(pipe, recipe),
+        )
+        if callback is None:
+            carry = walk(carry, np.int32(first), np.int32(last)) if first < last else carry
+            continue
+        for step in range(first, last):
             before = carry.sampler[0]
             carry = walk(carry, np.int32(step), np.int32(step + 1))
             callback(step - begin, before, carry.sampler[1])
@@ -195,27 +196,30 @@ def _ladder(pipe, recipe, steps):
     return schedules.make_ladder(recipe.schedule, steps, pipe.spec.noise_schedule, recipe.sampler)
 
 
-def _encoded(pipe, prompts, recipe, calls, base_calls, conditioning, negative=False) -> EncodedPrompt:
-    """Prompts, or conditioning in their place: one row of the table for each picture, the same at every call."""
-    if conditioning is not None:
-        batch = len(conditioning.context)
-        index = np.broadcast_to(np.arange(batch, dtype=np.int32)[:, None, None], (batch, 1, calls))
-        pooled = None if conditioning.pooled is None else np.asarray(conditioning.pooled)
-        return EncodedPrompt(np.asarray(conditioning.context), pooled, index, np.ones((batch, 1), np.float32))
-    encode = functools.partial(pipe.encode_tokens, clip_skip=recipe.clip_skip)
-    positions = pipe.spec.text_encoder.max_position_embeddings
-    return encode_prompts(prompts, pipe.tokenizer, encode, positions, calls, recipe.prompt_syntax, negative, base_calls)
+def _check_channels(pipe, start) -> None:
+    """Raises ValueError, naming the job, for a U-Net that sees more than this job shows it."""
+    latent = pipe.spec.vae.latent_channels
+    shown = latent + (0 if start.concat is None else start.concat.shape[-1])
+    wanted = pipe.spec.unet.in_channels
+    if wanted != shown:
+        use = {
+            latent + 1: "give it image_to_image with depth=",
+            latent + 3: "it is for upscaling, a job that is not there yet",
+            2 * latent + 1: "use it to inpaint",
+        }.get(wanted, "no job here shows it what it wants")
+        raise ValueError(f"this U-Net takes {wanted} channels, not {shown}: {use}")
 
 
-def _table(positive: EncodedPrompt, negative: EncodedPrompt | None) -> AnyArray:
-    both = (positive,) if negative is None else (positive, negative)
-    return np.concatenate([np.asarray(each.contexts) for each in both])
-
-
-def _rows(index: AnyArray, offset: int = 0) -> AnyArray:
-    """[batch * parts, calls]: rows of the table."""
-    index = np.asarray(index, np.int32)
-    return index.reshape(-1, index.shape[-1]) + np.int32(offset)
+def _switch(pipe, recipe, ladder) -> int:
+    """The first step that is the refiner's: that of the first timestep below round(T - refiner_switch * T)."""
+    if not 0 < recipe.refiner_switch < 1:
+        raise ValueError(f"refiner_switch={recipe.refiner_switch:g}: more than 0 and less than 1 is needed")
+    if samplers.sampler_named(recipe.sampler).ladder:
+        raise ValueError(f"sampler={recipe.sampler!r} goes up again: a refiner needs one that only goes down")
+    trained = schedules.sigmas_of(pipe.spec.noise_schedule)
+    timesteps = np.interp(np.log(ladder.sigmas[:-1].astype(float)), np.log(trained), np.arange(len(trained)))
+    cut = round(len(trained) * (1 - recipe.refiner_switch))
+    return int((np.round(timesteps, 2) >= cut).sum())
 
 
 def _noise(recipe, shape, batch, num_draws, row):
@@ -300,15 +304,19 @@ class _Carry(NamedTuple):
     momentum: Float[Array, "batch h w c"] | None  # of the guidance
 
 
+class _Shown(NamedTuple):
+    """What the U-Net sees of the prompt or of the negative one, and beside the latents."""
+
+    rows: Rows
+    concat: Any
+
+
 class _Run(NamedTuple):
     """What stays the same; all of it traced."""
 
     ladder: schedules.Ladder
     begin: Any  # the first step; None = 0, for samplers that make their own ladder
-    contexts: Any  # [texts, tokens, width]
-    rows: Any  # of contexts, [batch * parts, calls]
-    negative_rows: Any  # [batch, calls]; None = without guidance
-    weights: Any  # of the parts, [batch, parts]; None = one part of weight 1
+    told: Told
     guidance: guidance.Guidance
     options: SamplerOptions
     keys: Any
@@ -343,26 +351,29 @@ def _walk(
     call = jax.new_ref(carry.call)
     momentum = None if carry.momentum is None else jax.new_ref(carry.momentum)
 
-    def predict(model_input, timesteps, told):
-        rows, concat = told
-        context = run.contexts[rows[:, jnp.minimum(call[...], rows.shape[1] - 1)]]
-        if concat is not None:
-            model_input = jnp.concatenate([model_input, concat.astype(model_input.dtype)], axis=-1)
-        return networks.unet.apply({"params": params}, model_input, timesteps, context)
+    def predict(model_input, timesteps, shown: _Shown):
+        conditioning = of_call(run.told.table, shown.rows, call[...])
+        if shown.concat is not None:
+            model_input = jnp.concatenate([model_input, shown.concat.astype(model_input.dtype)], axis=-1)
+        return networks.unet.apply({"params": params}, model_input, timesteps, conditioning)
+
+    def of_place(shown: _Shown, of_tile) -> _Shown:
+        return shown._replace(concat=None if shown.concat is None else of_tile(shown.concat))
 
     model = make_denoiser(predict, networks.spec.noise_schedule)
     if tile is not None:
-        model = tiled_denoiser(
-            model, tile, cut=lambda told, of_tile: (told[0], None if told[1] is None else of_tile(told[1]))
-        )
-    parts = 1 if run.weights is None else run.weights.shape[1]
-    told = run.rows, None if run.concat is None else jnp.repeat(run.concat, parts, axis=0)
-    if run.negative_rows is None:
-        bound = guidance.conditioned(model, told)
+        model = tiled_denoiser(model, tile, cut=of_place)
+    weights = run.told.weights
+    parts = 1 if weights is None else weights.shape[1]
+    positive = _Shown(run.told.positive, None if run.concat is None else jnp.repeat(run.concat, parts, axis=0))
+    if run.told.negative is None:
+        bound = guidance.conditioned(model, positive)
     else:
-        untold = run.negative_rows, run.concat
+        negative = _Shown(run.told.negative, run.concat)
+        told_scale = networks.spec.unet.time_cond_proj_dim is not None  # and so only adds up the parts of a prompt
+        guide = run.guidance._replace(scale=np.float32(1)) if told_scale else run.guidance
         rescale_in = networks.spec.noise_schedule.prediction_type
-        bound = guidance.guided(model, told, untold, run.guidance, rescale_in, momentum, run.weights)
+        bound = guidance.guided(model, positive, negative, guide, rescale_in, momentum, weights)
     if run.mask is not None:
         bound = within_mask(bound, run.clean, run.noise, run.mask, run.blind_from)
 

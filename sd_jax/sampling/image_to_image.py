@@ -1,4 +1,7 @@
-"""Image to image: a picture is encoded, noised to a part of the way, and denoised with a prompt (Meng et al. 2022)."""
+"""Image to image: a picture is encoded, noised to a part of the way, and denoised with a prompt (Meng et al. 2022).
+
+U-Nets made for depth see a map of it in a fifth channel: how near each place is, in the latents' size, from -1 to 1.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -17,9 +20,16 @@ if TYPE_CHECKING:
 STRENGTH = 0.75
 
 
-def image_to_image(pipe: "Pipeline", prompt, recipe: "Recipe", image, given, output: str, callback) -> np.ndarray:
+def image_to_image(
+    pipe: "Pipeline", prompt, recipe: "Recipe", image, depth, given, output: str, callback
+) -> np.ndarray:
     """The job behind `Pipeline.image_to_image`, whose docstring says what the arguments are."""
-    return pipe.finish(denoise(pipe, prompt, recipe, start_of(pipe, recipe, image), given, callback), output)
+    start = start_of(pipe, recipe, image)
+    if depth is not None:
+        if pipe.spec.unet.in_channels != pipe.spec.vae.latent_channels + 1:
+            raise ValueError("depth= is for models that see depth, which this one does not: leave it out")
+        start = start._replace(concat=canvas.latent_depth(canvas.read_depth(depth), *start.size))
+    return pipe.finish(denoise(pipe, prompt, recipe, start, given, callback), output)
 
 
 def start_of(pipe: "Pipeline", recipe: "Recipe", image) -> Start:

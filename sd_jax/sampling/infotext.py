@@ -92,6 +92,7 @@ _NUMBERS = {
     "Hires upscale": ("scale", float),
     "Hires steps": ("second_steps", int),
     "Masked area padding": ("padding", int),
+    "Refiner switch at": ("refiner_switch", float),
 }
 _PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # the format's own definition
 _NEGATIVE = "Negative prompt:"
@@ -107,6 +108,7 @@ def write(
     vae: str | None = None,  # the same of an autoencoder that is not the model's own
     vae_hash: str | None = None,
     version: str | None = None,
+    refiner: str | None = None,  # "name [hash]"
 ) -> str:
     """The infotext of a picture."""
     varied, second = recipe.variation_strength > 0, recipe.scale is not None
@@ -137,6 +139,8 @@ def write(
         "Hires upscale": recipe.scale,
         "Hires steps": recipe.second_steps if second else None,
         "Hires upscaler": UPSCALERS.get(recipe.upscaler, recipe.upscaler) if second else None,
+        "Refiner": refiner,
+        "Refiner switch at": None if refiner is None else recipe.refiner_switch,
         "Version": version,
     }
     lines = [recipe.prompt] if recipe.prompt else []

@@ -73,7 +73,7 @@ def _start(pipe, recipe, pixels, mask) -> Start:
     clean = pipe.encode_image(image)
     factor = pipe.spec.vae.downscale
     small_mask, concat = jnp.asarray(canvas.latent_mask(mask, factor)), None
-    if pipe.spec.unet.in_channels > pipe.spec.vae.latent_channels:
+    if pipe.spec.unet.in_channels == 2 * pipe.spec.vae.latent_channels + 1:
         # As diffusers has it: the mask at each latent's first pixel, then the picture with the masked part grey (0)
         redrawn = (mask >= 0.5).astype(np.float32)
         kept = pipe.encode_image(image * (1 - redrawn))

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
+from logging import getLogger
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Float
 
 from sd_jax import sharding
 from sd_jax.checkpoints.load import open_checkpoint
+from sd_jax.checkpoints.place import place
 from sd_jax.checkpoints.save import save_checkpoint
 from sd_jax.diffusion import schedules
 from sd_jax.models.networks import Networks
@@ -22,6 +24,7 @@ from sd_jax.names import hint
 from sd_jax.prompts.encode import encode_texts
 from sd_jax.prompts.tokenize import Tokenizer, load_tokenizer
 from sd_jax.sampling import hires_fix, image_to_image, inpaint, text_to_image
+from sd_jax.sampling.conditioning import refuse_untold, time_ids
 from sd_jax.sampling.denoising import Given, Start, check_finite, count_walked
 from sd_jax.sampling.tiles import choose_tile, decode_tiled, encode_tiled, free_memory
 from sd_jax.types import AnyArray, Conditioning, Image, Latents, Params, Pixels, Recipe, TokenIds
@@ -33,22 +36,42 @@ JOBS_OF_FIELD = {
     "strength_steps": _STARTED,
     **dict.fromkeys(("only_masked", "padding", "extend"), ("inpaint",)),
     **dict.fromkeys(("scale", "second_steps", "upscaler"), ("hires_fix",)),
+    "refiner_switch": ("text_to_image",),
+}
+# What a job needs where a checkpoint lacks it
+_MENDS = {
+    "unet": "load a whole one",
+    "vae": "give another checkpoint's, as vae= (--vae=)",
+    "text_encoder": "give another checkpoint's, as text_encoder= (--text_encoder=)",
+    "text_encoder_2": "give another checkpoint's, as text_encoder= (--text_encoder=)",
 }
 
 BUNDLED = pathlib.Path(__file__).parents[1] / "assets" / "shapes_64"
 
+logger = getLogger(__name__)
+
 
 def load(
-    path: str | pathlib.Path | None = None,  # a workdir, a diffusers folder or a single file; None = the bundled model
+    path: str | pathlib.Path | None = None,  # a workdir, a folder, a file or a hub name; None = the bundled model
     dtype: str = "float32",  # of weights and computation
     tokenizer: str | None = None,  # a folder or hub name; None = the checkpoint's own, else CLIP's from the hub
-    vae: str | pathlib.Path | None = None,  # another checkpoint to take the autoencoder from
+    vae: str | pathlib.Path | None = None,  # another checkpoint to take the autoencoder from; a tiny one, too
     weights: str = "ema",  # "ema" (raw where there is none) or "raw"
+    config: Any = None,  # of a single file: a .yaml, a diffusers folder, a name of FAMILIES, a ModelSpec; None = found
+    prediction_type: str | None = None,  # "epsilon", "v_prediction", ...; None = what the checkpoint says
+    text_encoder: Any = None,  # another checkpoint to take the text encoders from, or a list of one for each of them
 ) -> "Pipeline":
-    """Opens a checkpoint of any kind. Raises FileNotFoundError or CheckpointError, naming the file and the mend."""
+    """Opens a checkpoint of any kind. Raises FileNotFoundError or CheckpointError, naming the file and the mend.
+
+    How what the checkpoint does not say was decided, such as the prediction type, is logged.
+    """
     sharding.keep_compilations()
-    checkpoint = open_checkpoint(BUNDLED if path is None else path, weights=weights, vae=vae, dtype=dtype)
-    return Pipeline(checkpoint.spec, checkpoint.params, tokenizer or checkpoint.tokenizer, dtype)
+    source = BUNDLED if path is None else path
+    checkpoint = open_checkpoint(source, weights, tokenizer, vae, dtype, config, prediction_type, text_encoder)
+    for note in checkpoint.notes:
+        logger.info("%s", note)
+    params = place(checkpoint.params, dtype, where=source)
+    return Pipeline(checkpoint.spec, params, checkpoint.tokenizer, dtype)
 
 
 class Pipeline:
@@ -57,7 +80,7 @@ class Pipeline:
     def __init__(
         self,
         spec: ModelSpec,
-        params: Params,  # {"unet", "vae", "text_encoder"}; a part may be missing until a job needs it
+        params: Params,  # {part: tree}, see ModelSpec.parts; a part may be missing until a job needs it
         tokenizer: Tokenizer | str | pathlib.Path | None = None,  # None = CLIP's, from the hub or its cache
         dtype: str = "float32",
     ):
@@ -68,31 +91,62 @@ class Pipeline:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Loaded at first use: a file without one is good for everything but prompts."""
+        """Loaded at first use: a file without one is good for everything but prompts.
+
+        It pads as the text encoder wants it: CLIP's and OpenCLIP's tokenizers differ in nothing but their padding.
+        """
         if not isinstance(self._tokenizer, Tokenizer):
             self._tokenizer = load_tokenizer(self._tokenizer)
-            self._tokenizer.check(self.spec.text_encoder)
+            for config in self.spec.text_encoders.values():
+                self._tokenizer.check(config)
+            padding = next(iter(self.spec.text_encoders.values())).pad_token_id
+            if padding < self._tokenizer.vocab_size:
+                self._tokenizer.pad_token_id = padding
         return self._tokenizer
+
+    @property
+    def positions(self) -> int:
+        """Tokens that the text encoders read at once."""
+        return min(config.max_position_embeddings for config in self.spec.text_encoders.values())
+
+    @property
+    def state_widths(self) -> tuple[int, ...]:
+        """Of each text encoder's states, in the order in which they are joined."""
+        return tuple(config.hidden_size for config in self.spec.text_encoders.values())
 
     # --- The parts ---------------------------------------------------------------------------------------------------
 
     def encode_prompts(
         self, prompts: Sequence[str], clip_skip: int | None = None, syntax: str = "a1111"
     ) -> Conditioning:
-        """Prompts -> the text encoder's states, weighted and chunked as `syntax` says (a1111, comfy or plain).
+        """Prompts -> the text encoders' states, weighted and chunked as `syntax` says (a1111, comfy or plain).
 
-        Schedules and AND are text here: they take turns and add up while a picture is made.
+        Schedules and AND are text here: they take turns and add up while a picture is made. An empty prompt is encoded
+        like any other, also where the family's empty negative prompt is zeros (SDXL).
         """
         encode = functools.partial(self.encode_tokens, clip_skip=clip_skip)
-        positions = self.spec.text_encoder.max_position_embeddings
-        return encode_texts(prompts, self.tokenizer, encode, positions, syntax)
+        return encode_texts(prompts, self.tokenizer, encode, self.positions, syntax, self.state_widths)
 
     def encode_tokens(self, ids: TokenIds, clip_skip: int | None = None) -> Conditioning:
-        """`clip_skip` as A1111 counts: 1 = last layer; None = the family's own (SD 1.x: 1)."""
-        return _encode_tokens(self._part("text_encoder"), self.networks, jnp.asarray(ids, jnp.int32), clip_skip or 1)
+        """`clip_skip` as A1111 counts: 1 = last layer; None = the family's own (SD 1.x: 1, SDXL: 2)."""
+        params = {part: self._part(part) for part in self.spec.text_encoders}
+        return _encode_tokens(params, self.networks, jnp.asarray(ids, jnp.int32), clip_skip)
 
-    def predict(self, latents: Latents, timesteps: Float[AnyArray, " batch"], conditioning: Conditioning) -> Latents:
-        """The raw output of the U-Net, NHWC, for latents as it sees them (scaled by 1 / sqrt(1 + sigma^2))."""
+    def predict(
+        self,
+        latents: Float[AnyArray, "batch h w seen"],  # and what such a U-Net sees beside them
+        timesteps: Float[AnyArray, " batch"],
+        conditioning: Conditioning,
+    ) -> Latents:
+        """The raw output of the U-Net, NHWC, for latents as it sees them (scaled by 1 / sqrt(1 + sigma^2)).
+
+        `time_ids` that a family reads and the conditioning lacks are those of an uncropped picture of this size.
+        """
+        if conditioning.time_ids is None:
+            size = (side * self.spec.vae.downscale for side in latents.shape[1:3])
+            ids, _ = time_ids(self.spec, Recipe(), *size)
+            ids = None if ids is None else jnp.broadcast_to(jnp.asarray(ids)[None], (len(latents), len(ids)))
+            conditioning = conditioning.replace(time_ids=ids)
         return _predict(self._part("unet"), self.networks, jnp.asarray(latents), jnp.asarray(timesteps), conditioning)
 
     def encode_image(self, image: Image | Pixels) -> Latents:
@@ -142,18 +196,20 @@ class Pipeline:
         negative_conditioning: Conditioning | None = None,
         output: str = "images",
         callback: Callable | None = None,
-        **recipe,
+        refiner: "Pipeline | None" = None,  # another model of the same latents, which walks the last steps
+        **recipe,  # of them, with a refiner: refiner_switch
     ) -> np.ndarray:
         """Pictures of a prompt."""
-        made = self._recipe("text_to_image", output, recipe)
+        made = self._recipe("text_to_image", output, recipe, refiner)
         given = _given(latents, noise, conditioning, negative_conditioning)
-        return text_to_image.text_to_image(self, prompt, made, given, output, callback)
+        return text_to_image.text_to_image(self, prompt, made, given, output, callback, refiner)
 
     def image_to_image(
         self,
         prompt: str | Sequence[str] = "",
         *,
         image: Any,  # a path, a PIL image, or an array: uint8 or floats in [0, 1], [height, width, 3] or a batch
+        depth: Any = None,  # for models that see depth: a map as the image, or one number a pixel; bright = near
         latents: Latents | None = None,
         noise: AnyArray | None = None,
         conditioning: Conditioning | None = None,
@@ -168,7 +224,7 @@ class Pipeline:
         """
         made = self._recipe("image_to_image", output, recipe)
         given = _given(latents, noise, conditioning, negative_conditioning)
-        return image_to_image.image_to_image(self, prompt, made, image, given, output, callback)
+        return image_to_image.image_to_image(self, prompt, made, image, depth, given, output, callback)
 
     def inpaint(
         self,
@@ -216,18 +272,30 @@ class Pipeline:
         mask: Any = None,
         callback: Callable | None = None,
         prompts: Sequence[str] | None = None,  # one batch of several, in place of the recipe's
+        depth: Any = None,
+        refiner: "Pipeline | None" = None,
     ) -> np.ndarray:
-        """The pictures of a recipe, by the job that it and what is given with it mean (`job_of`)."""
-        job = job_of(recipe, image, mask)
-        inputs = {"image": image} if image is not None else {}
-        inputs |= {"mask": mask} if mask is not None else {}
+        """The pictures of a recipe, by the job that it and what is given with it mean (`job_of`).
+
+        Raises ValueError for an input that this job has no use for.
+        """
+        job = job_of(recipe, image, mask, depth, refiner)
+        inputs = {"image": image, "mask": mask, "depth": depth, "refiner": refiner}
+        inputs = {name: value for name, value in inputs.items() if value is not None}
         fields = _fields(recipe) | ({} if prompts is None else {"prompt": prompts})
         return getattr(self, job)(callback=callback, **inputs, **fields)
 
-    def steps_of(self, recipe: Recipe, image: Any = None, mask: Any = None) -> int:
+    def steps_of(
+        self,
+        recipe: Recipe,
+        image: Any = None,
+        mask: Any = None,
+        depth: Any = None,
+        refiner: "Pipeline | None" = None,
+    ) -> int:
         """How many steps `make` takes: as often as it calls its callback."""
-        job = job_of(recipe, image, mask)
-        recipe = self._recipe(job, "images", _fields(recipe))
+        job = job_of(recipe, image, mask, depth, refiner)
+        recipe = self._recipe(job, "images", _fields(recipe), refiner)
         if job == "hires_fix":
             return hires_fix.count_both(self, recipe)
         if job == "text_to_image":
@@ -248,7 +316,7 @@ class Pipeline:
         check_finite(finite, "decoding by the autoencoder")
         return np.asarray(pixels)
 
-    def _recipe(self, job: str, output: str, fields: dict) -> Recipe:
+    def _recipe(self, job: str, output: str, fields: dict, refiner: "Pipeline | None" = None) -> Recipe:
         """The recipe of a job. Raises ValueError for what does not belong into it."""
         if output not in ("images", "latents"):
             raise ValueError(f"output={output!r} is unknown: use images or latents")
@@ -258,7 +326,11 @@ class Pipeline:
         for name, jobs in JOBS_OF_FIELD.items():
             if job not in jobs and fields.get(name, getattr(Recipe, name)) != getattr(Recipe, name):
                 raise ValueError(f"{name}={fields[name]!r} is for {' and '.join(jobs)}, not for {job}: leave it out")
-        return Recipe(**fields)
+        recipe = Recipe(**fields)
+        refuse_untold(recipe, [self.spec] if refiner is None else [self.spec, refiner.spec])
+        if job == "text_to_image" and refiner is None and recipe.refiner_switch != Recipe.refiner_switch:
+            raise ValueError(f"refiner_switch={recipe.refiner_switch:g} is for a refiner: give it, or leave this out")
+        return recipe
 
     def save(self, path: str | pathlib.Path, format: str = "diffusers") -> None:
         """Writes "diffusers" (a folder), "single_file" (.safetensors, CompVis layout) or "native" (a workdir)."""
@@ -269,19 +341,25 @@ class Pipeline:
 
     def _part(self, name: str) -> Params:
         if name not in self.params:
-            raise ValueError(
-                f"this checkpoint has no {name}: load a whole one" + (" or give vae=" if name == "vae" else "")
-            )
+            raise ValueError(f"this checkpoint has no {name}: {_MENDS[name]}")
         return self.params[name]
 
 
-def job_of(recipe: Recipe, image: Any = None, mask: Any = None) -> str:
-    """The name of the job that a recipe means, with or without pictures that it starts from."""
+def job_of(recipe: Recipe, image: Any = None, mask: Any = None, depth: Any = None, refiner: Any = None) -> str:
+    """The name of the job that a recipe means, with or without pictures that it starts from.
+
+    Raises ValueError for an input that this job has no use for.
+    """
+    if image is None and (mask is not None or recipe.extend is not None):
+        raise ValueError("a mask, or extend, needs the picture that it belongs to: give an image")
     if image is None:
-        if mask is not None or recipe.extend is not None:
-            raise ValueError("a mask, or extend, needs the picture that it belongs to: give an image")
-        return "text_to_image" if recipe.scale is None else "hires_fix"
-    return "image_to_image" if mask is None and recipe.extend is None else "inpaint"
+        job = "text_to_image" if recipe.scale is None else "hires_fix"
+    else:
+        job = "image_to_image" if mask is None and recipe.extend is None else "inpaint"
+    for name, given, owner in (("depth", depth, "image_to_image"), ("refiner", refiner, "text_to_image")):
+        if given is not None and job != owner:
+            raise ValueError(f"{name} is for {owner}, not for {job}: leave it out")
+    return job
 
 
 def _fields(recipe: Recipe) -> dict[str, Any]:
@@ -300,7 +378,7 @@ def _given(latents, noise, conditioning, negative_conditioning) -> Given:
 
 
 def _on_device(leaf, dtype) -> jax.Array:
-    """One leaf at a time, read only now where it is still in its file: never two copies of a model."""
+    """What is there already, in this dtype, is not copied."""
     return jnp.asarray(leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), dtype)
 
 
@@ -309,12 +387,12 @@ def _on_device(leaf, dtype) -> jax.Array:
 
 @functools.partial(sharding.jit, static_argnums=(1, 3))
 def _encode_tokens(params, networks, ids, clip_skip):
-    return networks.text_encoder.apply({"params": params}, ids, clip_skip)
+    return networks.encode_text(params, ids, clip_skip)
 
 
 @functools.partial(sharding.jit, static_argnums=1)
 def _predict(params, networks, latents, timesteps, conditioning):
-    return networks.unet.apply({"params": params}, latents, timesteps, conditioning.context)
+    return networks.unet.apply({"params": params}, latents, timesteps, conditioning)
 
 
 @functools.partial(sharding.jit, static_argnums=1)

@@ -44,10 +44,16 @@ def kind_of(field: str) -> tuple[type, bool]:
 def wanted(field: str) -> str:
     """What a person may type for it, in words."""
     kind, optional = kind_of(field)
-    return _WANTED[kind] + (" or none" if optional else "")
+    return (",".join(_NUMBERS[field]) if kind is tuple else _WANTED[kind]) + (" or none" if optional else "")
 
 
-_WANTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false", tuple: "left,top,right,bottom"}
+_WANTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_NUMBERS = {  # of fields of several: which they are
+    "extend": ("left", "top", "right", "bottom"),
+    "original_size": ("height", "width"),
+    "target_size": ("height", "width"),
+    "crops_coords_top_left": ("top", "left"),
+}
 
 
 def read_value(field: str, text: str) -> Any:
@@ -59,8 +65,8 @@ def read_value(field: str, text: str) -> Any:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.strip().lower()]
         if kind is tuple:
-            left, top, right, bottom = map(int, text.split(","))
-            return left, top, right, bottom
+            numbers = tuple(map(int, text.strip(" ()").split(",")))
+            return {len(_NUMBERS[field]): numbers}[len(numbers)]
         return kind(text)
     except (KeyError, ValueError):
         raise ValueError(f"{field}={text!r}: {wanted(field)} is needed") from None
@@ -102,9 +108,16 @@ class Origin:
     vae: str | None = None
     vae_hash: str | None = None
     weights: str = "ema"
+    config: str | None = None
+    prediction_type: str | None = None
+    text_encoder: str | None = None
+    text_encoder_hash: str | None = None
+    refiner: str | None = None  # another checkpoint, which walked the last steps
+    refiner_hash: str | None = None
     adapters: list = dataclasses.field(default_factory=list)
     image: dict[str, str] | None = None  # {"path", "sha256"} of what it was made from, and of the mask
     mask: dict[str, str] | None = None
+    depth: dict[str, str] | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=versions)
     platform: str = dataclasses.field(default_factory=platform_name)
 
@@ -135,6 +148,7 @@ def texts(recipe: Recipe, origin: Origin, size: tuple[int, int], **more: Any) ->
         None if origin.vae is None else _name(origin.vae),
         origin.vae_hash,
         f"sd_jax {origin.versions['sd_jax']}",
+        None if origin.refiner is None else f"{_name(origin.refiner)} [{origin.refiner_hash}]",
     )
     record = {**dataclasses.asdict(recipe), **dataclasses.asdict(origin), "batch": None, **more}
     return {media.PARAMETERS: parameters, media.RECIPE: json.dumps(record)}
@@ -142,7 +156,12 @@ def texts(recipe: Recipe, origin: Origin, size: tuple[int, int], **more: Any) ->
 
 def _name(path: str) -> str:
     """As A1111 shows a model: the name of its file or folder."""
-    return pathlib.Path(path).absolute().name.removesuffix(".safetensors")
+    name = pathlib.Path(path).absolute().name
+    stem, dot, ending = name.rpartition(".")
+    return stem if dot + ending in _ENDINGS else name
+
+
+_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 # -- What is read ----------------------------------------------------------------------------------------------------
@@ -212,13 +231,14 @@ def _read_ours(record: dict[str, Any], path: str | pathlib.Path) -> Record:
 def hash_of_weights(path: str | pathlib.Path) -> str:
     """The first ten digits of a SHA-256, as A1111 names models.
 
-    Of a single file: its own. Of a diffusers folder: of the names and hashes of its networks' safetensors; of a workdir
-    of ours: of the same of its latest checkpoint, or of the one that the path names.
+    Of a single file: its own. Of a diffusers folder, or a name on the hub: of the names and hashes of its networks'
+    safetensors (or, where there are none, .bin); of a workdir of ours: of the same of its latest checkpoint, or of the
+    one that the path names.
     """
-    from sd_jax.checkpoints import detect
-    from sd_jax.checkpoints.layout import PARTS
+    from sd_jax.checkpoints import detect, hub
+    from sd_jax.models.presets import PARTS
 
-    path = pathlib.Path(path)
+    path = hub.local(path)
     if path.is_file():
         return hash_of_file(path)[:10]
     if (location := detect.native_location(path)) is not None:
@@ -228,7 +248,8 @@ def hash_of_weights(path: str | pathlib.Path) -> str:
         files = [file for file in root.rglob("*") if file.is_file()]
     else:
         root, folders = path, [path / part for part in PARTS if (path / part).is_dir()] or [path]
-        files = [file for folder in folders for file in folder.rglob("*.safetensors")]
+        kinds = ([file for folder in folders for file in folder.rglob(f"*{kind}")] for kind in (".safetensors", ".bin"))
+        files = next(filter(None, kinds), [])
     lines = sorted(f"{file.relative_to(root).as_posix()} {hash_of_file(file)}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:10]
 

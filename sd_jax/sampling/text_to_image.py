@@ -1,4 +1,8 @@
-"""Text to image: latents from noise alone, decoded."""
+"""Text to image: latents from noise alone, decoded. On the way a refiner may take over.
+
+Distilled models are made for few steps, each on a ladder of its own: SDXL Turbo and Lightning for schedule="trailing"
+(with euler_ancestral and euler) and guidance_scale=1, models of LCM for sampler="lcm", schedule="lcm".
+"""
 
 from typing import TYPE_CHECKING
 
@@ -11,10 +15,12 @@ if TYPE_CHECKING:
     from sd_jax.types import Recipe
 
 
-def text_to_image(pipe: "Pipeline", prompt, recipe: "Recipe", given, output: str, callback) -> np.ndarray:
+def text_to_image(
+    pipe: "Pipeline", prompt, recipe: "Recipe", given, output: str, callback, refiner: "Pipeline | None" = None
+) -> np.ndarray:
     """The job behind `Pipeline.text_to_image`, whose docstring says what the arguments are."""
     start = Start(latent_size(pipe.spec, recipe))
-    return pipe.finish(denoise(pipe, prompt, recipe, start, given, callback), output)
+    return pipe.finish(denoise(pipe, prompt, recipe, start, given, callback, refiner), output)
 
 
 def latent_size(spec, recipe: "Recipe") -> tuple[int, int]:

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sd_jax.diffusion.denoiser import ConditionedDenoise
-from sd_jax.models.presets import VAEConfig
+from sd_jax.models.presets import TinyVAEConfig, VAEConfig
 from sd_jax.types import Image, Latents, Pixels
 
 
@@ -119,7 +119,7 @@ TILES = (256, 192, 128, 96, 64, 32)  # latents; the larger, the nearer to the wh
 
 
 def choose_tile(
-    vae: VAEConfig,
+    vae: VAEConfig | TinyVAEConfig,
     height: int,  # of the picture, in pixels
     width: int,
     batch: int,
@@ -139,14 +139,16 @@ def choose_tile(
     return TILES[-1]
 
 
-def peak_bytes(vae: VAEConfig, height: int, width: int) -> int:
+def peak_bytes(vae: VAEConfig | TinyVAEConfig, height: int, width: int) -> int:
     """About what decoding or encoding a picture takes besides parameters, picture and latents.
 
     The widest array is what the decoder enlarges last: all the pixels, in the channels of the second level. Of it there
     are up to 4 float32 copies at once. XLA's own account for SD 1.5 on a CPU (256x256, 512x512, 1024x1024): 2.5 copies
-    for decoding in float32, 3.0 to 3.3 in bfloat16, 1.5 and 2.3 for encoding; 3.0 for the model of shapes world.
+    for decoding in float32, 3.0 to 3.3 in bfloat16, 1.5 and 2.3 for encoding; 3.0 for the model of shapes world. A tiny
+    decoder's widest are those that it works on last.
     """
-    channels = vae.block_out_channels[:2][-1]
+    tiny = isinstance(vae, TinyVAEConfig)
+    channels = vae.decoder_block_out_channels[-1] if tiny else vae.block_out_channels[:2][-1]
     return 4 * 4 * channels * height * width
 
 

@@ -113,6 +113,21 @@ def test_chunks_are_weighted_one_by_one(words, encode, texts):
     close(texts(prompt, syntax="comfy")[0][0], want)
 
 
+def test_each_of_joined_encoders_has_means_of_its_own(words, encode):
+    """As A1111 has it for SDXL: whose encoders differ in scale."""
+
+    def both(ids):
+        out = encode(ids)
+        return Conditioning(jnp.concatenate([out.context, 5 - 2 * out.context], axis=-1), out.pooled)
+
+    z = states(words, encode, "a red cat")
+    first, second = (a1111(part, along([1, 4, 1])) for part in (z, 5 - 2 * z))
+    got = encode_texts(["a (red:4) cat"], words, both, 77, widths=(32, 32)).context[0]
+    close(got, np.concatenate([first, second], axis=-1))
+    np.testing.assert_array_equal(encode_prompts(["a (red:4) cat"], words, both, 77, widths=(32, 32)).contexts[0], got)
+    assert np.abs(encode_texts(["a (red:4) cat"], words, both, 77).context[0] - got).max() > 1e-3
+
+
 def test_break_starts_a_chunk(words, encode, texts):
     context, _ = texts("a red circle BREAK a (blue:1.2) square")
     want = [states(words, encode, "a red circle"), a1111(states(words, encode, "a blue square"), along([1, 1.2]))]
@@ -285,6 +300,16 @@ def test_other_syntaxes_have_no_edits(prompts, texts, syntax):
     encoded = prompts(prompt, calls=5, syntax=syntax)
     assert encoded.is_single and len(np.unique(encoded.index)) == 1
     np.testing.assert_array_equal(encoded.at(0).context, texts(prompt, syntax=syntax)[0])
+
+
+def test_zeros_are_as_long_as_the_prompt(prompts):
+    for positive in (prompts("a cat AND [a|b] dog", LONG, calls=3), prompts("a cat", calls=3).replace(pooled=None)):
+        zeros = positive.zeros()
+        matched, same = match_tokens(positive, zeros)
+        assert zeros.is_single and same.contexts.shape[1] == positive.contexts.shape[1] == matched.contexts.shape[1]
+        told = zeros.at(2)
+        assert told.context.shape == (1, *positive.contexts.shape[1:]) and not told.context.any()
+        assert (told.pooled is None) == (positive.pooled is None) and (told.pooled is None or not told.pooled.any())
 
 
 def test_batches_repeat_pictures(prompts):

@@ -15,7 +15,7 @@ def random_params(spec, seed=0):
     draw = lambda leaf: jnp.asarray(0.1 * rng.standard_normal(leaf.shape), jnp.float32)  # noqa: E731
     return {
         part: jax.tree.map(draw, jax.eval_shape(lambda key, part=part: networks.init(part, key), jax.random.key(0)))
-        for part in ("unet", "vae", "text_encoder")
+        for part in spec.parts
     }
 
 

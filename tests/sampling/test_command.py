@@ -12,9 +12,10 @@ import pytest
 from sd_jax import media
 from sd_jax.sampling import command
 from sd_jax.sampling.command import Order, carry_out, read_prompts
-from sd_jax.sampling.pipeline import load
+from sd_jax.sampling.pipeline import Pipeline, load
 from sd_jax.sampling.recipe import read_recipe, read_record
 from sd_jax.types import Recipe
+from tests.sampling.conftest import random_params
 
 FEW = {"steps": 2, "guidance_scale": 3.0}
 
@@ -50,6 +51,7 @@ def make(checkpoint, tmp_path):
         assert {path.name for path in paths} == {path.name for path in run.folder.iterdir()} - {"preview.png"}
         return {path.name: media.decode_image(path) for path in paths}
 
+    run.checkpoint = checkpoint
     return run
 
 
@@ -168,6 +170,54 @@ def test_the_picture_that_it_started_from_must_be_the_same(make, inputs, tmp_pat
         make(recipe=picture)
     again = make(recipe=picture, image=inputs[0])
     np.testing.assert_array_equal(again["00000.png"], first["00000.png"])
+
+
+def test_a_refiner_is_recorded_and_refines_again(make, pipe, tmp_path):
+    other = jax.tree.map(lambda leaf: leaf + 0.01, pipe.params["unet"])
+    Pipeline(pipe.spec, {**pipe.params, "unet": other}, pipe.tokenizer).save(tmp_path / "refiner")
+    fields, refiner = {"prompt": "a star", "refiner_switch": 0.5, **FEW}, str(tmp_path / "refiner")
+    with pytest.raises(ValueError, match="refiner_switch=0.5 is for a refiner: give it"):
+        make(fields)
+    loading = {"checkpoint": make.checkpoint, "refiner": refiner}
+    first = make(fields, loading=loading)["00000.png"]
+    record = read_record(make.folder / "00000.png")
+    assert record.origin.refiner == refiner and len(record.origin.refiner_hash) == 10
+    assert record.recipe.refiner_switch == 0.5
+    again = make(recipe=str(make.folder / "00000.png"))["00000.png"]
+    np.testing.assert_array_equal(again, first)
+    assert read_record(make.folder / "00000.png").origin == record.origin
+    assert (make({"prompt": "a star", **FEW})["00000.png"] != first).any()
+
+
+def test_text_encoders_from_elsewhere(make, checkpoint, monkeypatch):
+    make({"prompt": "a star", **FEW}, loading={"checkpoint": checkpoint, "text_encoder": checkpoint})
+    origin = read_record(make.folder / "00000.png").origin
+    assert (origin.text_encoder, origin.text_encoder_hash) == (checkpoint, origin.checkpoint_hash)
+
+    def refuse(path, text_encoder, **given):
+        raise ValueError(text_encoder)
+
+    monkeypatch.setattr(command, "load", refuse)
+    for given, taken in {"a.safetensors": "a.safetensors", "a,b": ["a", "b"], None: None}.items():
+        with pytest.raises(ValueError) as refused:
+            make({"prompt": "a star"}, loading={"checkpoint": checkpoint, "text_encoder": given})
+        assert refused.value.args == (taken,)
+
+
+def test_a_map_of_depth_is_recorded_and_seen_again(make, pipe, inputs, tmp_path):
+    unet = dataclasses.replace(pipe.spec.unet, in_channels=5, block_out_channels=(16,), attention_blocks=(True,))
+    spec = dataclasses.replace(pipe.spec, unet=unet)
+    Pipeline(spec, {**pipe.params, "unet": random_params(spec)["unet"]}, pipe.tokenizer).save(tmp_path / "depth")
+    image, depth = inputs
+    fields, loading = {"prompt": "a star", **FEW}, {"checkpoint": str(tmp_path / "depth")}
+    with pytest.raises(ValueError, match="give it image_to_image with depth="):
+        make(fields, loading=loading, image=image)
+    first = make(fields, loading=loading, image=image, depth=depth)["00000.png"]
+    record = read_record(make.folder / "00000.png")
+    assert record.origin.depth["path"] == depth and record.origin.job == "image_to_image"
+    np.testing.assert_array_equal(make(recipe=str(make.folder / "00000.png"))["00000.png"], first)
+    with pytest.raises(ValueError, match="depth is for image_to_image, not for text_to_image"):
+        make(fields, loading=loading, depth=depth)
 
 
 # -- Pictures of other programs --------------------------------------------------------------------------------------

@@ -52,12 +52,13 @@ def test_every_key_stands_in_its_place():
         second_steps=10,
         upscaler="bilinear",
     )
-    text = infotext.write(recipe, "m", "0123456789", "v", "9876543210", "v1")
+    text = infotext.write(recipe, "m", "0123456789", "v", "9876543210", "v1", "r [5555555555]")
     assert text.split("\n")[1] == (
         "Steps: 20, Sampler: Euler a, Schedule type: Normal, CFG scale: 6.5, Seed: 3, Size: 64x64, "
         "Model hash: 0123456789, Model: m, VAE hash: 9876543210, VAE: v, Variation seed: 9, "
         "Variation seed strength: 0.25, Denoising strength: 0.6, Clip skip: 2, ENSD: 31337, RNG: CPU, Eta: 0.5, "
-        "Sigma noise: 1.01, Hires upscale: 1.5, Hires steps: 10, Hires upscaler: Latent, Version: v1"
+        "Sigma noise: 1.01, Hires upscale: 1.5, Hires steps: 10, Hires upscaler: Latent, "
+        "Refiner: r [5555555555], Refiner switch at: 0.8, Version: v1"
     )
     inpainted = infotext.write(dataclasses.replace(BASE, only_masked=True, padding=16, strength=1.0))
     assert inpainted.endswith("Denoising strength: 1, RNG: NV, Inpaint area: Only masked, Masked area padding: 16")
@@ -199,6 +200,13 @@ def test_a_new_picture():
     assert (recipe.noise_source, recipe.eta, recipe.scale) == ("torch_cpu", 0.67, 2.0)
     assert (recipe.variation_seed, recipe.variation_strength) == (2, 0.1)
     assert found.ignored == ["Face restoration: CodeFormer", "Lora hashes: fur: 1f2e, b: 3"]
+
+
+def test_a_picture_that_a_refiner_finished():
+    found = infotext.parse(
+        "x\nSteps: 30, Sampler: Euler, Seed: 1, Refiner: xl_refiner [7440042bbd], Refiner switch at: 0.7"
+    )
+    assert found.recipe.refiner_switch == 0.7 and found.ignored == ["Refiner: xl_refiner [7440042bbd]"]
 
 
 def test_what_is_not_understood_is_named_and_left_at_its_default():

@@ -31,6 +31,8 @@ PIXELS = np.zeros((8, 16, 3), np.uint8)
         ("eta", float, True),
         ("only_masked", bool, False),
         ("extend", tuple, True),
+        ("original_size", tuple, True),
+        ("crops_coords_top_left", tuple, False),
     ],
 )
 def test_kinds(field, kind, optional):
@@ -55,6 +57,8 @@ def test_every_default_is_of_its_kind():
         ("only_masked", "0", False),
         ("extend", "1, 2,3,4", (1, 2, 3, 4)),
         ("extend", "none", None),
+        ("original_size", "768,1024", (768, 1024)),
+        ("crops_coords_top_left", "(0, 8)", (0, 8)),  # as --help shows it
     ],
 )
 def test_values(field, text, value):
@@ -69,6 +73,8 @@ def test_values(field, text, value):
         ("eta", "x", "eta='x': a number or none is needed"),
         ("only_masked", "perhaps", "true or false is needed"),
         ("extend", "1,2,3", "left,top,right,bottom or none is needed"),
+        ("target_size", "768", "height,width or none is needed"),
+        ("crops_coords_top_left", "none", "top,left is needed"),
     ],
 )
 def test_values_that_are_none(field, text, words):
@@ -109,6 +115,9 @@ FULL = Recipe(
     apg_momentum=-0.75,
     strength=0.4,
     extend=(0, 8, 0, 16),
+    original_size=(768, 1024),
+    crops_coords_top_left=(0, 64),
+    negative_aesthetic_score=2.0,
 )
 
 
@@ -137,6 +146,12 @@ def test_pictures_carry_their_recipe(tmp_path, format):
 def test_the_bundled_model_has_a_name():
     text = texts(Recipe("x"), Origin(checkpoint_hash="0123456789"), (16, 8))["parameters"]
     assert "Size: 16x8, Model hash: 0123456789, Model: shapes_64, " in text
+
+
+def test_the_refiner_is_named_as_a1111_names_it():
+    made = Origin(checkpoint="base.ckpt", refiner="models/xl_refiner.safetensors", refiner_hash="9876543210")
+    text = texts(Recipe("x", refiner_switch=0.7), made, (16, 8))["parameters"]
+    assert "Model: base, " in text and "Refiner: xl_refiner [9876543210], Refiner switch at: 0.7, Version: " in text
 
 
 def test_origin_says_what_computed():
@@ -187,6 +202,15 @@ def test_pictures_without_a_recipe(tmp_path):
 def test_a_single_file_has_the_hash_that_others_give_it(tmp_path):
     (tmp_path / "m.safetensors").write_bytes(b"weights" * 1000)
     assert hash_of_weights(tmp_path / "m.safetensors") == hashlib.sha256(b"weights" * 1000).hexdigest()[:10]
+
+
+def test_a_folder_of_pickled_weights(tmp_path):
+    (tmp_path / "unet").mkdir()
+    hashes = []
+    for words in (b"weights", b"others"):
+        (tmp_path / "unet" / "diffusion_pytorch_model.bin").write_bytes(words)
+        hashes.append(hash_of_weights(tmp_path))
+    assert hashes[0] != hashes[1]
 
 
 @pytest.mark.parametrize("format", ["diffusers", "native"])

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import sd_jax
+from sd_jax.models.families import SD15
 from sd_jax.models.networks import Networks
-from sd_jax.models.presets import SD15, TINY
+from sd_jax.models.presets import TINY
 from sd_jax.sampling import tiles
 
 RNG = np.random.default_rng(0)
