@@ -1,4 +1,4 @@
-"""Fine-tunes a Stable Diffusion 1.x checkpoint of yours on a folder of captioned pictures.
+"""Fine-tunes a Stable Diffusion checkpoint of yours (1.x, 2.x, SDXL or its refiner) on a folder of captioned pictures.
 
     python train.py --config=configs/finetune.py --config.init=v1-5-pruned.safetensors \
         --config.data.path=my_pictures --workdir=runs/my_model
@@ -7,9 +7,14 @@
 `my_pictures` holds pictures with a caption beside each (`cat.jpg`, `cat.txt`), or metadata.jsonl; or it is any path
 that datasets.load_dataset takes.
 
-At full SD 1.5 size the state takes 14.6 GB: four float32 copies of the U-Net (weights, average, two moments), and the
-frozen text encoder and autoencoder. Activations come on top. `--dry_run` says the figure for your config. Not yet run
-on a GPU.
+What the checkpoint is, is detected; nothing here needs to change but the size of the pictures:
+--config.data.resolution=768 for SD 2.x that predicts v, 1024 for SDXL. What it predicts is told in the log: see that it
+is right. SDXL is told of each picture's own size and of what was cut off (`Conditioning.time_ids`), and its dropped
+captions are zeros; the refiner is told an aesthetic score of 6. Inpainting, depth and upscaling models are not trained.
+
+At full size the state takes 14.6 GB for SD 1.5, 15.6 GB for SD 2.x, 44.7 GB for SDXL and 39.3 GB for its refiner: four
+float32 copies of the U-Net (weights, average, two moments), and the frozen text encoders and autoencoder. Activations
+come on top. `--dry_run` says the figure for your config. Not yet run on a GPU.
 """
 
 from ml_collections import ConfigDict

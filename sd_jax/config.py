@@ -60,6 +60,7 @@ def training_defaults(method: str) -> ConfigDict:
 
     # What is trained: `init` is any path that sd_jax.load takes; parts that it lacks are made from `model`
     config.init = ""
+    config.prediction_type = ""  # of `init`, where `model` is empty: what its U-Net predicts; empty = what it says
     config.model = ConfigDict()  # ModelSpec.to_dict(); empty = that of `init`
     config.tokenizer = ""  # empty = that of `init`, else one is trained from the captions
     config.dtype = "float32"  # of the computation; parameters stay float32

@@ -9,7 +9,7 @@ from logging import getLogger
 from typing import Any
 
 from sd_jax import media
-from sd_jax.data import DataError, fingerprints
+from sd_jax.data import DataError, fingerprints, headers
 from sd_jax.data.captions import CAPTION_KEYS, IMAGE_KEYS, choose_key, texts_of
 
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
@@ -91,6 +91,9 @@ class FolderSource:
             return texts_of((self._root / self._texts[file]).read_bytes())
         except OSError:  # it was there when the folder was read
             return ()
+
+    def full_size(self, index: int) -> tuple[int, int] | None:
+        return headers.full_size(self._root / self._files[index])
 
     def fingerprint(self) -> str:
         """Of the pictures alone: captions are read afresh every time."""

@@ -11,7 +11,7 @@ from logging import getLogger
 from typing import Any
 
 from sd_jax import media
-from sd_jax.data import DataError, fingerprints
+from sd_jax.data import DataError, fingerprints, headers
 from sd_jax.data.captions import CAPTION_KEYS, IMAGE_KEYS, choose_key, texts_of
 
 # How `datasets` calls its readers
@@ -85,22 +85,32 @@ class DatasetSource:
     def texts(self, index: int) -> tuple[str, ...]:
         return self._read_texts(self._texts[int(index)]) if self._caption_path else ()
 
+    def full_size(self, index: int) -> tuple[int, int] | None:
+        path, data = self._file(self._records[int(index)])
+        return headers.full_size(self._base / path if data is None else data)
+
     def fingerprint(self) -> str:
         """Of the arrow files that are read, and which columns."""
         files = [pathlib.Path(file["filename"]) for file in self._records.cache_files]
         return fingerprints.digest(fingerprints.of_files(files), self._name, self._image_key, str(len(self)))
 
     def _decode(self, row: dict, index: int) -> media.Picture:
-        value = row[self._image_key]
-        path = value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else None
-        data = value.get("bytes") if isinstance(value, dict) else value if isinstance(value, bytes) else None
+        path, data = self._file(row)
         name = f"{self._name}, record {index}"
         if path or row.get("__key__"):
             name += f" ({path or row['__key__']})"
         if data is None and path is None:
+            value = row[self._image_key]
             what = "is empty" if value is None else f"holds {type(value).__name__}, not a picture"
             raise media.BadImage(name, f"column {self._image_key} {what}")
         return media.decode_image(self._base / path if data is None else data, name, self._at_least)
+
+    def _file(self, row: dict) -> tuple[str | None, bytes | None]:
+        """(path, content) of a record's picture; where there is content, the path only names it."""
+        value = row[self._image_key]
+        if isinstance(value, dict):
+            return value.get("path"), value.get("bytes")
+        return value if isinstance(value, str) else None, value if isinstance(value, bytes) else None
 
     def _tell_of_empty_captions(self) -> None:
         import pyarrow

@@ -1,7 +1,8 @@
 """Latents made once: the autoencoder's moments (mean and log-variance) of every picture, kept on disk.
 
 A cache is used only where all that decides it is unchanged: the records, the resolution, the weights of the
-autoencoder and the code between file and moments. Otherwise it is made again, with a line in the log.
+autoencoder, what else the model is told of a picture, and the code between file and moments. Otherwise it is made
+again, with a line in the log.
 """
 
 import hashlib
@@ -20,23 +21,33 @@ from tqdm import tqdm
 from sd_jax.data import fingerprints
 from sd_jax.data.loader import BadFiles
 from sd_jax.data.sources import Config, Source, Subset
-from sd_jax.data.transforms import fit
+from sd_jax.data.transforms import fit, time_ids
 from sd_jax.media import BadImage
 from sd_jax.types import Params
 
 Encode = Callable[[UInt8[np.ndarray, "batch height width 3"]], Float[np.ndarray, "batch h w moments"]]
 
 _BATCH = 32  # pictures encoded at once, at most
-_CODE = ("media.py", "data/transforms.py", "data/latents.py")
+_CODE = ("media.py", "data/headers.py", "data/transforms.py", "data/latents.py")
 
 logger = getLogger(__name__)
 
 
 class CachedMoments:
-    """The records of a source with "moments", float32 [h, w, 2 channels], in place of "pixels"."""
+    """The records of a source with "moments", float32 [h, w, 2 channels], in place of "pixels".
 
-    def __init__(self, source: Source, moments: np.ndarray, bad: dict[int, tuple[str, str]], key: str):
-        self._source, self._moments, self._bad, self._key = source, moments, bad, key
+    Where the model reads them, with "time_ids" as well.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        moments: np.ndarray,
+        time_ids: np.ndarray | None,  # [records, numbers]
+        bad: dict[int, tuple[str, str]],
+        key: str,
+    ):
+        self._source, self._moments, self._time_ids, self._bad, self._key = source, moments, time_ids, bad, key
         self._texts: dict[int, tuple[str, ...]] = {}  # as read; shapes world would draw the picture to say its caption
 
     def __len__(self) -> int:
@@ -49,6 +60,8 @@ class CachedMoments:
         texts = self.texts(index)
         place = int(self._source.positions[index]) if isinstance(self._source, Subset) else index
         record = {"moments": np.array(self._moments[index]), "caption": texts[0] if texts else "", "index": place}
+        if self._time_ids is not None:
+            record["time_ids"] = np.array(self._time_ids[index])
         return {**record, "captions": texts} if len(texts) > 1 else record
 
     def texts(self, index: int) -> tuple[str, ...]:
@@ -56,17 +69,21 @@ class CachedMoments:
             self._texts[index] = self._source.texts(index)
         return self._texts[index]
 
+    def full_size(self, index: int) -> tuple[int, int] | None:
+        return self._source.full_size(index)
+
     def fingerprint(self) -> str:
         return self._key
 
 
 def cache_moments(
     source: Source,
-    name: str,  # of the cache: folder/name.npy and folder/name.json
+    name: str,  # of the cache: folder/name.npy, folder/name.json and, where the model reads any, name.time_ids.npy
     encode: Encode,  # pixels uint8 [batch, r, r, 3] -> moments; always called with batches of one size
     weights: Params,  # of the encoder; a cache made with others is stale
     folder: pathlib.Path,
     config: Config,
+    num_time_ids: int = 0,  # how many the model reads
 ) -> Source:
     """Encodes every record of `source` once, or finds that done; pictures are cropped in the middle.
 
@@ -79,24 +96,27 @@ def cache_moments(
         return source
     resolution = config.data.resolution
     key = fingerprints.digest(
-        source.fingerprint(), str(resolution), hash_weights(weights), fingerprints.code_of(*_CODE)
+        source.fingerprint(), str(resolution), hash_weights(weights), str(num_time_ids), fingerprints.code_of(*_CODE)
     )
     moments, about = folder / f"{name}.npy", folder / f"{name}.json"
-    old = json.loads(about.read_text()) if about.exists() and moments.exists() else None
+    files = [moments, about, *([_beside(moments)] if num_time_ids else [])]
+    old = json.loads(about.read_text()) if all(file.exists() for file in files) else None
     if old is None or old["key"] != key:
         if old is not None:
             logger.warning("%s is stale (other data, weights or code): encoding again", moments)
         folder.mkdir(parents=True, exist_ok=True)
         about.unlink(missing_ok=True)
         batch_size = min(config.batch_size, _BATCH)
-        pictures = _pictures(source, resolution, batch_size, max(config.data.num_workers, 1))
-        bad = _write(moments, pictures, len(source), encode, name)
+        ids = np.zeros((len(source), num_time_ids), np.float32)
+        pictures = _pictures(source, resolution, batch_size, max(config.data.num_workers, 1), ids)
+        bad = _write(moments, pictures, encode, name, ids)
         aside = about.with_suffix(f".{os.getpid()}.tmp")
         aside.write_text(json.dumps({"key": key, "records": len(source), "bad": bad}) + "\n")
         aside.replace(about)  # last: without it the cache does not exist
         old = json.loads(about.read_text())
     bad = {int(index): tuple(why) for index, why in old["bad"].items()}
-    return CachedMoments(source, np.load(moments, mmap_mode="r"), bad, key)
+    ids = np.load(_beside(moments), mmap_mode="r") if num_time_ids else None
+    return CachedMoments(source, np.load(moments, mmap_mode="r"), ids, bad, key)
 
 
 def hash_weights(tree: Params) -> str:
@@ -110,15 +130,24 @@ def hash_weights(tree: Params) -> str:
 
 
 def _pictures(
-    source: Source, resolution: int, batch_size: int, num_threads: int
+    source: Source,
+    resolution: int,
+    batch_size: int,
+    num_threads: int,
+    ids: np.ndarray,  # [records, numbers]: filled with their time_ids, where there are any
 ) -> Iterator[tuple[np.ndarray, dict[int, BadImage]]]:
     """(pixels of `batch_size` records, black where there is none; what was bad), read one batch ahead."""
 
     def read(index: int) -> np.ndarray | BadImage:
         try:
-            return fit(source[index]["pixels"], resolution)
+            pixels = source[index]["pixels"]
         except BadImage as error:
             return error
+        fitted = fit(pixels, resolution)
+        if ids.size:
+            size = source.full_size(index) or pixels.shape[:2]
+            ids[index] = time_ids(size, fitted.crop, resolution, ids.shape[1])
+        return fitted.pixels
 
     with ThreadPoolExecutor(num_threads) as pool:
         starts = range(0, len(source), batch_size)
@@ -137,12 +166,17 @@ def _pictures(
             yield pixels, bad
 
 
-def _write(path: pathlib.Path, pictures, count: int, encode: Encode, name: str) -> dict[int, tuple[str, str]]:
-    """Encodes and writes record by record into a .npy file, aside, then renames it. Returns what was bad.
+def _beside(moments: pathlib.Path) -> pathlib.Path:
+    """The file of the time_ids."""
+    return moments.with_suffix(".time_ids.npy")
+
+
+def _write(path: pathlib.Path, pictures, encode: Encode, name: str, ids: np.ndarray) -> dict[int, tuple[str, str]]:
+    """Encodes and writes record by record into a .npy file, aside, then renames it; then `ids`. Returns what was bad.
 
     Written as a file and not as a memory map: on a full disk a map kills the process, a file says so.
     """
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    aside, count = path.with_suffix(f".{os.getpid()}.tmp"), len(ids)
     counter, bad_records, written = BadFiles(count), {}, 0
     try:
         with aside.open("wb") as file, tqdm(total=count, unit="image", desc=f"encoding {name}") as bar:
@@ -163,6 +197,10 @@ def _write(path: pathlib.Path, pictures, count: int, encode: Encode, name: str) 
                 written += kept
                 bar.update(kept)
         aside.replace(path)
+        if ids.size:  # filled by now
+            with aside.open("wb") as file:
+                np.save(file, ids)
+            aside.replace(_beside(path))
     except OSError as error:
         raise OSError(
             error.errno, f"{error.strerror}; the latents of {count} pictures could not be written", str(path)

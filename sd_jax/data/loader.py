@@ -18,7 +18,7 @@ import numpy as np
 
 from sd_jax.data import DataError
 from sd_jax.data.sources import Config, Source
-from sd_jax.data.transforms import draws, fit
+from sd_jax.data.transforms import draws, fit, time_ids
 from sd_jax.media import BadImage
 
 Batch = dict[str, np.ndarray]
@@ -68,11 +68,18 @@ class Loader:
     """An endless iterator of this process' batches.
 
     A batch is {"pixels": uint8 [b, r, r, 3], "input_ids": int32 [b, tokens], "index": int64 [b]}; where latents are
-    cached "moments" (float32 [b, h, w, 2c]) stands for pixels, and without a tokenizer there are no ids.
+    cached "moments" (float32 [b, h, w, 2c]) stands for pixels, without a tokenizer there are no ids, and a model that
+    reads them has "time_ids" as well (float32 [b, numbers], see `transforms.time_ids`).
     """
 
     def __init__(
-        self, source: Source, tokenize: Tokenize | None, config: Config, process_index: int, process_count: int
+        self,
+        source: Source,
+        tokenize: Tokenize | None,
+        config: Config,
+        process_index: int,
+        process_count: int,
+        num_time_ids: int,
     ):
         import grain
 
@@ -82,7 +89,7 @@ class Loader:
             raise DataError(f"data.path={config.data.path!r} holds no records")
         self.bad_files = BadFiles(len(source))
         self._num_records, self._process_count = len(source), process_count
-        prepare = _Preparation(source, tokenize, config, self.bad_files)
+        prepare = _Preparation(source, tokenize, config, self.bad_files, num_time_ids)
         order = grain.MapDataset.range(len(source)).shuffle(seed=config.seed % 2**32).repeat()
         places = _Places(order, config.batch_size, process_index, process_count)
         share = config.batch_size // process_count
@@ -129,11 +136,12 @@ def make_loader(
     process_index: int | None = None,  # None = as jax counts
     process_count: int | None = None,
     start_state: dict[str, int] | None = None,  # of `Loader.get_state`; None = from the beginning
+    num_time_ids: int = 0,  # how many the model reads; of `ModelSpec`
 ) -> Loader:
     """Batches of `source` for training, endlessly. Raises DataError where there is nothing to train on."""
     index = jax.process_index() if process_index is None else process_index
     count = jax.process_count() if process_count is None else process_count
-    loader = Loader(source, tokenize, config, index, count)
+    loader = Loader(source, tokenize, config, index, count, num_time_ids)
     if start_state is not None:
         loader.set_state(start_state)
     return loader
@@ -145,6 +153,7 @@ def fixed_batches(
     config: Config,
     process_index: int | None = None,
     process_count: int | None = None,
+    num_time_ids: int = 0,
 ) -> Iterator[Batch]:
     """This process' share of the first `config.eval_batches` batches of `source`: in order, cropped in the middle.
 
@@ -156,7 +165,7 @@ def fixed_batches(
     share = config.batch_size // count
     if not len(source):
         return
-    prepare = _Preparation(source, tokenize, config, BadFiles(len(source)), random=False)
+    prepare = _Preparation(source, tokenize, config, BadFiles(len(source)), num_time_ids, random=False)
     places = [i for i in range(len(source)) if i % config.batch_size // share == index] or range(len(source))
     examples = (example for i in itertools.cycle(places) if (example := prepare((0, i))) is not None)
     seen: set[int] = set()
@@ -210,9 +219,16 @@ class _Preparation:
     """A place in the stream -> an example, or None where the record is bad."""
 
     def __init__(
-        self, source: Source, tokenize: Tokenize | None, config: Config, bad_files: BadFiles, random: bool = True
+        self,
+        source: Source,
+        tokenize: Tokenize | None,
+        config: Config,
+        bad_files: BadFiles,
+        num_time_ids: int,
+        random: bool = True,
     ):
         self._source, self._tokenize, self._bad_files, self._random = source, tokenize, bad_files, random
+        self._num_time_ids = num_time_ids
         self._resolution, self._flip, self._seed = config.data.resolution, config.data.random_flip, config.seed
 
     def __call__(self, place: tuple[int, int]) -> dict[str, np.ndarray] | None:
@@ -226,9 +242,13 @@ class _Preparation:
         rng = draws(self._seed, record["index"], position) if self._random else None
         example = {"index": np.asarray(record["index"], np.int64)}
         if "moments" in record:
-            example["moments"] = record["moments"]
+            example |= {name: record[name] for name in ("moments", "time_ids") if name in record}
         else:
-            example["pixels"] = fit(record["pixels"], self._resolution, rng, self._flip)
+            fitted = fit(record["pixels"], self._resolution, rng, self._flip)
+            example["pixels"] = fitted.pixels
+            if self._num_time_ids:
+                size = self._source.full_size(number) or record["pixels"].shape[:2]
+                example["time_ids"] = time_ids(size, fitted.crop, self._resolution, self._num_time_ids)
         if self._tokenize is not None:
             caption = record["caption"]
             if rng is not None and len(record.get("captions", ())) > 1:

@@ -34,6 +34,13 @@ class Source(Protocol):
         """All captions of a record, without decoding its picture; () where it has none."""
         ...
 
+    def full_size(self, index: int) -> tuple[int, int] | None:
+        """(height, width) of a record's picture in its file, where "pixels" may have been decoded smaller; else None.
+
+        Asked for where a model is told of sizes, of records that could be read.
+        """
+        ...
+
     def fingerprint(self) -> str:
         """Changes when the records may have."""
         ...
@@ -91,6 +98,9 @@ class ShapesSource:
     def texts(self, index: int) -> tuple[str, ...]:
         return (self.world[index]["caption"],)
 
+    def full_size(self, index: int) -> None:
+        return None
+
     def fingerprint(self) -> str:
         return fingerprints.digest(repr(self.world), fingerprints.code_of("data/shapes.py", "data/shapes_drawing.py"))
 
@@ -109,6 +119,9 @@ class Subset:
 
     def texts(self, index: int) -> tuple[str, ...]:
         return self.source.texts(int(self.positions[index]))
+
+    def full_size(self, index: int) -> tuple[int, int] | None:
+        return self.source.full_size(int(self.positions[index]))
 
     def fingerprint(self) -> str:
         return fingerprints.digest(self.source.fingerprint(), hashlib.sha256(self.positions.tobytes()).hexdigest())

@@ -70,8 +70,8 @@ def _train(config: ConfigDict, workdir: pathlib.Path | None, dry_run: bool, star
     # --- State -------------------------------------------------------------------------------------------------------
     def initial_state(loaded):
         params = {part: loaded.get(part) or model.init(part) for part in model.parts}
-        trainable = method.trainable(config)
-        return create({p: params[p] for p in trainable}, {p: params[p] for p in method.frozen(config)}, optimizer)
+        trained, frozen = ({part: params[part] for part in parts} for parts in (model.trained, model.frozen))
+        return create(trained, frozen, optimizer)
 
     abstract = jax.eval_shape(initial_state, model.loaded)
     step_fn = functools.partial(
@@ -108,14 +108,20 @@ def _train(config: ConfigDict, workdir: pathlib.Path | None, dry_run: bool, star
         vae = step.whole_state(state).raw_model["vae"]
         encode = functools.partial(_encode_moments, vae, model.networks)
         caching = functools.partial(
-            latents.cache_moments, encode=encode, weights=vae, folder=workdir / "latents", config=config
+            latents.cache_moments,
+            encode=encode,
+            weights=vae,
+            folder=workdir / "latents",
+            config=config,
+            num_time_ids=model.num_time_ids,
         )
         train_source, held_out = caching(train_source, "train"), caching(held_out, "held_out")
-    batches = loader.make_loader(train_source, tokenize, config, start_state=data_state)
+    told = {"num_time_ids": model.num_time_ids}
+    batches = loader.make_loader(train_source, tokenize, config, start_state=data_state, **told)
     slots = _slots(config.batch_size)
     stream = loader.prefetch(batches, lambda batch: step.place_batch(_arrays(batch, slots)))
     shown = held_out if len(held_out) else train_source
-    fixed = [_arrays(batch, slots) for batch in loader.fixed_batches(shown, tokenize, config)]
+    fixed = [_arrays(batch, slots) for batch in loader.fixed_batches(shown, tokenize, config, **told)]
     evaluate = _make_evaluator(loss, config.seed, fixed) if len(held_out) else None
     rate = learning_rate(config)
 
@@ -189,7 +195,7 @@ def _slots(batch_size: int) -> np.ndarray:
 
 def _arrays(batch: dict, slots: np.ndarray) -> dict[str, np.ndarray]:
     """What the loss reads of a loader's batch."""
-    kept = {name: batch[name] for name in ("pixels", "moments", "input_ids") if name in batch}
+    kept = {name: batch[name] for name in ("pixels", "moments", "input_ids", "time_ids") if name in batch}
     return {**kept, "slot": slots[: len(batch["index"])]}
 
 

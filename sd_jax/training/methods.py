@@ -5,6 +5,7 @@ A loss reads the whole model and a batch and answers with its mean over the batc
     pixels     uint8 [batch, height, width, 3], or in their place
     moments    float32 [batch, h, w, 2 c], the encoder's mean and log-variance, where latents are cached
     input_ids  int32 [batch, tokens], for methods that read captions
+    time_ids   float32 [batch, numbers], for models that are told of sizes and crops (`Conditioning.time_ids`)
     slot       int32 [batch], each image's place in the global batch
 """
 
@@ -20,8 +21,9 @@ from ml_collections import ConfigDict
 from sd_jax import sharding
 from sd_jax.diffusion import losses, noise
 from sd_jax.models.networks import Networks
+from sd_jax.models.presets import ModelSpec
 from sd_jax.models.vae import Posterior, to_image
-from sd_jax.types import Params
+from sd_jax.types import Conditioning, Params
 
 # The numbers of an example's draws: each use of randomness has its own
 TIMESTEP, NOISE, POSTERIOR, DROPOUT = range(4)
@@ -38,14 +40,14 @@ class Context(NamedTuple):
 
 
 class Method(NamedTuple):
-    trainable: Callable[[ConfigDict], tuple[str, ...]]  # parts that move
-    frozen: Callable[[ConfigDict], tuple[str, ...]]  # parts that the loss reads besides
+    trainable: Callable[[ConfigDict, ModelSpec], tuple[str, ...]]  # parts that move
+    frozen: Callable[[ConfigDict, ModelSpec], tuple[str, ...]]  # parts that the loss reads besides
     loss: Callable[[Context, Params, dict[str, Array], Keys], tuple[Float[Array, ""], dict[str, Array]]]
     # After the last step: (networks, whole model, held-out batches) -> networks, with what could only be measured now
     finish: Callable[[Networks, Params, list[dict[str, Array]]], Networks] | None = None
 
 
-# --- full: the U-Net, and the text encoder with it or frozen ---------------------------------------------------------
+# --- full: the U-Net, and the text encoders with it or frozen --------------------------------------------------------
 
 
 def _full_loss(context: Context, params: Params, batch: dict[str, Array], keys: Keys):
@@ -57,23 +59,39 @@ def _full_loss(context: Context, params: Params, batch: dict[str, Array], keys: 
         networks.spec.noise_schedule.num_train_timesteps,
         strata=(batch["slot"], context.config.batch_size),
     )
-    drop = noise.uniform(keys, DROPOUT) < cfg.caption_dropout
-    ids = jnp.where(drop[:, None], jnp.asarray(context.empty_ids)[None], batch["input_ids"])
-    conditioning = networks.text_encoder.apply({"params": params["text_encoder"]}, ids)
 
-    def predict(model_input, timesteps, conditioning):
-        return networks.unet.apply({"params": params["unet"]}, model_input, timesteps, conditioning.context)
+    def predict(model_input, timesteps, told):
+        return networks.unet.apply({"params": params["unet"]}, model_input, timesteps, told)
 
     errors, weights = losses.denoising_losses(
         predict,
         latents,
         noise.normal(keys, NOISE, latents.shape[1:]),
         timesteps,
-        conditioning,
+        conditioning(context, params, batch, keys),
         networks.spec.noise_schedule,
         cfg.min_snr_gamma or None,
     )
     return jnp.mean(errors * weights), {}
+
+
+def conditioning(context: Context, params: Params, batch: dict[str, Array], keys: Keys) -> Conditioning:
+    """What the U-Net is told of each picture.
+
+    A dropped caption is what sampling makes of an empty negative prompt: the empty prompt's encoding or, in families
+    that were trained so (SDXL), zeros.
+    """
+    networks, ids = context.networks, batch["input_ids"]
+    drop = noise.uniform(keys, DROPOUT) < context.config.diffusion.caption_dropout
+    if networks.spec.force_zeros_for_empty_prompt:
+        told = networks.encode_text(params, ids)
+        told = Conditioning(
+            jnp.where(drop[:, None, None], jnp.zeros_like(told.context), told.context),
+            jnp.where(drop[:, None], jnp.zeros_like(told.pooled), told.pooled),
+        )
+    else:
+        told = networks.encode_text(params, jnp.where(drop[:, None], jnp.asarray(context.empty_ids)[None], ids))
+    return told.replace(time_ids=batch.get("time_ids"))
 
 
 def _latents(networks: Networks, params: Params, batch: dict[str, Array], keys: Keys) -> Array:
@@ -108,15 +126,19 @@ def _measure_scaling_factor(networks: Networks, params: Params, batches: list[di
     return networks.with_scaling_factor(float(1.0 / z.std(dtype=np.float64)))
 
 
+def _text_encoders(config: ConfigDict, spec: ModelSpec, trained: bool) -> tuple[str, ...]:
+    return tuple(spec.text_encoders) if config.diffusion.train_text_encoder == trained else ()
+
+
 METHODS = {
     "full": Method(
-        trainable=lambda config: ("unet", "text_encoder") if config.diffusion.train_text_encoder else ("unet",),
-        frozen=lambda config: ("vae",) if config.diffusion.train_text_encoder else ("vae", "text_encoder"),
+        trainable=lambda config, spec: ("unet", *_text_encoders(config, spec, trained=True)),
+        frozen=lambda config, spec: ("vae", *_text_encoders(config, spec, trained=False)),
         loss=_full_loss,
     ),
     "autoencoder": Method(
-        trainable=lambda config: ("vae",),
-        frozen=lambda config: (),
+        trainable=lambda config, spec: ("vae",),
+        frozen=lambda config, spec: (),
         loss=_autoencoder_loss,
         finish=_measure_scaling_factor,
     ),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import flax.jax_utils
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
@@ -56,7 +57,7 @@ def train_step(
         ((value, metrics), grads), _ = jax.lax.scan(accumulate, zeros, micro_batches)
     value, metrics, grads = mean((value, metrics, grads))
 
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     updated = (params, ema.update(state.ema, params, ema_decay, state.step), opt_state)
@@ -110,7 +111,7 @@ class MappedStep:
         """One copy, for checkpoints, evaluation and samples."""
         return flax.jax_utils.unreplicate(state) if self.pmap else state
 
-    def place_batch(self, batch: Batch) -> Batch:
+    def place_batch(self, batch: dict[str, np.ndarray]) -> Batch:
         """Host arrays [this process' images, ...] -> device arrays."""
         if self.pmap:
             devices = jax.local_device_count()

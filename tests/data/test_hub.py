@@ -57,6 +57,7 @@ def check(source, texts):
     for i in (0, 1, 3):
         record = source[i]
         assert number_of(record) == i and record["index"] == i
+        assert source.full_size(i) == record["pixels"].shape[:2] == (40, 48)
         assert record["caption"] == (texts[i][0] if texts[i] else "")
     with pytest.raises(BadImage, match=r"record 2.*: not a picture"):
         source[2]

@@ -32,10 +32,11 @@ def cached(config, photos, tmp_path):
     """() -> (the cached source, the encoder that was handed in), on twelve photographs."""
     config.data.path = str(photos)
 
-    def cache(weights=WEIGHTS, source=None):
+    def cache(weights=WEIGHTS, source=None, num_time_ids=0):
         encoder = Encoder()
         source = open_source(config) if source is None else source
-        return cache_moments(source, "train", encoder, weights, tmp_path / "latents", config), encoder
+        folder = tmp_path / "latents"
+        return cache_moments(source, "train", encoder, weights, folder, config, num_time_ids), encoder
 
     return cache
 
@@ -130,6 +131,29 @@ def test_batches_of_moments(cached, config):
     }
     np.testing.assert_allclose(batch["moments"][:, 0, 0, 0], 10 * batch["index"], atol=1)
     assert next(fixed_batches(cached()[0], None, config))["moments"].shape == (4, 2, 2, 8)
+
+
+def test_moments_keep_what_a_model_is_told_of_them(cached, config, photos, tmp_path):
+    (photos / "04.jpg").write_bytes(jpeg(4, 64, 32))
+    (photos / "05.jpg").write_bytes(b"words")
+    source, encoder = cached(num_time_ids=6)
+    assert len(encoder.shapes) == 3
+    np.testing.assert_array_equal(source[0]["time_ids"], np.array([40, 48, 0, 2, 16, 16], np.float32), strict=True)
+    np.testing.assert_array_equal(source[4]["time_ids"], [64, 32, 8, 0, 16, 16])
+    assert sorted(os.listdir(tmp_path / "latents")) == ["train.json", "train.npy", "train.time_ids.npy"]
+    loader = make_loader(source, None, config, num_time_ids=6)
+    batch = next(loader)
+    loader.close()
+    np.testing.assert_array_equal(batch["time_ids"], [source[int(i)]["time_ids"] for i in batch["index"]])
+    again, encoder = cached(num_time_ids=6)
+    assert encoder.shapes == []
+    np.testing.assert_array_equal(again[4]["time_ids"], source[4]["time_ids"])
+    (tmp_path / "latents" / "train.time_ids.npy").unlink()
+    assert len(cached(num_time_ids=6)[1].shapes) == 3
+    refiner, encoder = cached(num_time_ids=5)
+    assert len(encoder.shapes) == 3 and refiner[4]["time_ids"].tolist() == [64, 32, 8, 0, 6]
+    plain, encoder = cached()
+    assert len(encoder.shapes) == 3 and "time_ids" not in plain[0]
 
 
 def test_subsets_keep_the_places_of_their_records(cached, config):

@@ -68,6 +68,44 @@ def test_without_a_tokenizer_there_are_no_ids(config):
     assert set(batch) == {"pixels", "index"}
 
 
+def test_a_model_of_sizes_and_crops_is_told_of_them(config, tmp_path):
+    """Pictures whose columns are numbered, 300 and more: a JPEG is decoded smaller, and its true size is told."""
+    from PIL import Image
+
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    columns = np.linspace(0, 240, 480).astype(np.uint8)
+    pixels = np.broadcast_to(columns[None, :, None], (320, 480, 3)).copy()
+    for i in range(3):
+        Image.fromarray(pixels[: 320 - i]).save(folder / f"{i}.jpg", quality=95)
+    config.data.path, config.data.random_flip = str(folder), True
+    batches = take(make_loader(open_source(config), None, config, num_time_ids=6), 8)
+    lefts = set()
+    for batch in batches:
+        ids = batch["time_ids"]
+        assert ids.dtype == np.float32 and ids.shape == (4, 6)
+        np.testing.assert_array_equal(ids[:, 0], 320 - batch["index"])
+        np.testing.assert_array_equal(ids[:, [1, 2, 4, 5]], np.broadcast_to([480, 0, 16, 16], (4, 4)))
+        for row, picture in zip(ids, batch["pixels"], strict=True):
+            mirrored = picture[8, 0, 0] > picture[8, -1, 0]
+            first = picture[8, -1 if mirrored else 0, 0].astype(int) / 10  # of 24 columns, in the picture as it is
+            left = 24 - 16 - row[3] if mirrored else row[3]
+            assert abs(first - left) < 1.1
+            lefts.add(int(row[3]))
+    assert len(lefts) > 4
+    (fixed, *_) = fixed_batches(open_source(config), None, config, num_time_ids=5)
+    np.testing.assert_array_equal(fixed["time_ids"][0], [320, 480, 0, 4, 6])
+
+
+def test_what_is_told_changes_no_picture(config, photos):
+    config.data.path = str(photos)
+    with_ids = take(make_loader(open_source(config), tokenize, config, num_time_ids=6), 4)
+    assert all(set(batch) == {"pixels", "input_ids", "index", "time_ids"} for batch in with_ids)
+    for batch in with_ids:
+        del batch["time_ids"]
+    same(with_ids, take(make_loader(open_source(config), tokenize, config), 4))
+
+
 def test_every_epoch_is_a_new_shuffle_of_everything(config):
     config.data.num_examples = 12
     epochs = indices(take(make_loader(open_source(config), None, config), 9)).reshape(3, 12)

@@ -20,6 +20,9 @@ class Numbers:
     def texts(self, index):
         return (f"{index}",)
 
+    def full_size(self, index):
+        return 4 + index, 4
+
     def fingerprint(self):
         return f"numbers {self.count}"
 
@@ -58,7 +61,7 @@ def test_held_out_records(held_out, least, most):
     train, held = split_held_out(Numbers(1000), held_out, seed=0)
     assert least <= len(held) <= most
     assert positions(train) | positions(held) == set(range(1000)) and not positions(train) & positions(held)
-    assert train.texts(0) == (str(train[0]["index"]),)
+    assert train.texts(0) == (str(train[0]["index"]),) and train.full_size(0) == (4 + train[0]["index"], 4)
 
 
 def test_who_is_held_out_hangs_on_seed_and_index():
