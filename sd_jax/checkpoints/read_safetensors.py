@@ -9,7 +9,6 @@ Format: https://github.com/huggingface/safetensors#format
 """
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -21,8 +20,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sd_jax.checkpoints.errors import CheckpointError, listing
-from sd_jax.checkpoints.tensors import Tensor, lazy
+from sd_jax.checkpoints.errors import CheckpointError, listing, shown
+from sd_jax.checkpoints.tensors import Tensor, lazy, stored
 
 DTYPES = {
     name: np.dtype(dtype)
@@ -45,12 +44,16 @@ DTYPES = {
     }.items()
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_HEADER_LIMIT = 100_000_000  # the format's own
+_HEADER_LIMIT = 1 << 24  # bytes; SDXL has 300 thousand. What the format allows would take gigabytes to parse:
+_LIMIT_OF_FORMAT = 100_000_000
+_MOST_BRACKETS = 300_000  # three for a tensor; SDXL has eight thousand
+_MOST_DIMENSIONS = 32
+_LARGEST = 1 << 62
 
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a file, or a set of shards, holds: tensors by name, and the texts of its header."""
+    """What a file holds: tensors by name, and the texts of its header."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
@@ -59,14 +62,10 @@ class Contents:
 # Reading
 
 
-def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """All of one `.safetensors` file: {name: array}. Raises CheckpointError on a damaged or foreign file."""
-    return {name: tensor.read() for name, tensor in open_file(path).tensors.items()}
-
-
 def open_file(path: str | os.PathLike) -> Contents:
     """The header of one `.safetensors` file; its tensors are read later, one by one.
 
+    Memory: at most 512 MiB, whatever the header says; its tensors have no more bytes than the file.
     Raises FileNotFoundError, and CheckpointError in one line where the file is cut short, damaged or of another format.
     """
     path = Path(path)
@@ -75,46 +74,39 @@ def open_file(path: str | os.PathLike) -> Contents:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(1024)
-        if size < 8:
+        if size <= 8:
             raise CheckpointError(f"{path}: not a safetensors file ({size} bytes): download or copy it again")
+        if not is_safetensors(start):
+            raise CheckpointError(f"{path}: {what_else(start)}")
         (length,) = struct.unpack("<Q", start[:8])
         if length > _HEADER_LIMIT:
-            raise CheckpointError(f"{path}: {_what_else(start)}")
+            raise CheckpointError(f"{path}: a header of {length} bytes, more than any checkpoint has")
         if 8 + length > size:
             raise CheckpointError(f"{path}: cut short within its header: download or copy it again")
         file.seek(8)
         header = _parse(path, file.read(length))
     metadata = header.pop("__metadata__", None) or {}
-    return Contents(_tensors(path, header, 8 + length, size), {str(k): str(v) for k, v in metadata.items()})
+    return Contents(_tensors(path, header, 8 + length, size), metadata)
 
 
-def open_sharded(index: str | os.PathLike) -> Contents:
-    """Shards as listed by a `*.safetensors.index.json` beside them. Raises CheckpointError where they do not agree."""
-    index = Path(index)
-    try:
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(where.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not an index of safetensors shards ({error})") from error
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise CheckpointError(f"{index}: shards are missing beside it: {listing(missing)}")
-    shards = {name: open_file(index.parent / name).tensors for name in names}
-    lost = [f"{tensor} in {shard}" for tensor, shard in where.items() if tensor not in shards[shard]]
-    if lost:
-        raise CheckpointError(f"{index}: tensors are not where it says: {listing(lost)}")
-    return Contents({tensor: shards[shard][tensor] for tensor, shard in where.items()}, {})
+def is_safetensors(start: bytes) -> bool:
+    """Of a file that begins so: a length that can be one, and a table in braces (or an end before it)."""
+    return int.from_bytes(start[:8], "little") <= _LIMIT_OF_FORMAT and start[8:9] in (b"{", b"")
 
 
-def _what_else(start: bytes) -> str:
-    """Of a file whose first 8 bytes are no length of a header."""
+def what_else(start: bytes) -> str:
+    """A file that begins so and is no safetensors, for a message, with its mend."""
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the file itself: run `git lfs pull`, or download it"
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
-        return "a pickled PyTorch file, which is not read yet: convert it to .safetensors first"
+        return "a pickled PyTorch file, not a safetensors file"
+    if start[:4] == b"GGUF":
+        return "a GGUF file (quantised), which is not read: use the .safetensors file that it was made from"
     if start.lstrip()[:1] == b"<":
         return "a web page, not a checkpoint: download the file itself"
-    return "not a safetensors file, or its header is damaged: download or copy it again"
+    if b'"weight_map"' in start:
+        return "an index of shards, which holds no tensors itself: give the folder it lies in"
+    return "not a safetensors file, nor one of torch.save, or its header is damaged: download or copy it again"
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
@@ -124,12 +116,21 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
             raise ValueError("a name occurs twice")
         return entries
 
+    def no_constant(name: str) -> None:
+        raise ValueError(f"{name} is no number of JSON")
+
     try:
-        header = json.loads(text, object_pairs_hook=no_twins)
-        if not isinstance(header, dict) or not isinstance(header.get("__metadata__") or {}, dict):
+        if text.count(b"{") + text.count(b"[") > _MOST_BRACKETS:
+            raise ValueError("more entries than any checkpoint has")
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=no_twins, parse_constant=no_constant)
+        metadata = header.get("__metadata__") or {} if isinstance(header, dict) else None
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("no table of tensors")
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise CheckpointError(f"{path}: not a safetensors file, or its header is damaged ({error})") from error
+        for texts in (header, metadata, metadata.values()):
+            "".join(texts).encode("utf-8")  # half a surrogate pair could be neither printed nor written
+    except (ValueError, RecursionError) as error:  # UnicodeError and JSONDecodeError are ValueErrors
+        what = shown(str(error))
+        raise CheckpointError(f"{path}: not a safetensors file, or its header is damaged ({what})") from error
     return header
 
 
@@ -138,18 +139,20 @@ def _tensors(path: Path, header: dict[str, Any], begin_of_data: int, size: int) 
     for name, entry in header.items():
         try:
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            sound = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+            sound = isinstance(dtype, str) and len(shape) <= _MOST_DIMENSIONS
+            sound = sound and all(type(n) is int and 0 <= n < _LARGEST for n in (*shape, begin, end))
+            sound = sound and 8 * math.prod(max(n, 1) for n in shape) < _LARGEST
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:
-            raise CheckpointError(f"{path}: the header's entry for {name} is damaged")
+            raise CheckpointError(f"{path}: the header's entry for {shown(name)} is damaged")
         if dtype not in DTYPES:
-            raise CheckpointError(f"{path}: {name} is of type {dtype}, which is not read: only {', '.join(DTYPES)} are")
+            only = f"only {', '.join(DTYPES)} are"
+            raise CheckpointError(f"{path}: {shown(name)} is of type {shown(dtype)}, which is not read: {only}")
         if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise CheckpointError(f"{path}: {name} is {shape} of {dtype}, but has {end - begin} bytes")
+            raise CheckpointError(f"{path}: {shown(name)} is {shape} of {dtype}, but has {end - begin} bytes")
         spans.append((begin, end))
-        place = functools.partial(_read_at, path, name, shape, DTYPES[dtype], begin_of_data + begin)
-        tensors[name] = Tensor(shape, DTYPES[dtype], place)
+        tensors[name] = stored(path, name, shape, DTYPES[dtype], begin_of_data + begin)
 
     # Every byte belongs to one tensor
     covered = 0
@@ -164,14 +167,6 @@ def _tensors(path: Path, header: dict[str, Any], begin_of_data: int, size: int) 
     if begin_of_data + covered < size:
         raise CheckpointError(f"{path}: {size - begin_of_data - covered} bytes too long: download or copy it again")
     return tensors
-
-
-def _read_at(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> np.ndarray:
-    length = math.prod(shape) * dtype.itemsize
-    raw = np.fromfile(path, np.uint8, count=length, offset=offset)
-    if raw.size != length:
-        raise CheckpointError(f"{path}: cut short while it was read, at {name}")
-    return raw.view(dtype).reshape(shape)
 
 
 # Writing
