@@ -7,30 +7,41 @@ file and key. Where a file is silent, the default is that of the library whose f
 from collections.abc import Mapping
 from typing import Any
 
+from sd_jax.checkpoints.config_values import (
+    ANY,
+    as_list,
+    as_tuple,
+    blocks,
+    divide,
+    in_order,
+    one,
+    per_block,
+    read_keys,
+    values_of,
+)
 from sd_jax.checkpoints.errors import CheckpointError
-from sd_jax.models.presets import CLIPTextConfig, UNetConfig, VAEConfig
+from sd_jax.models.presets import CLIPTextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from sd_jax.types import PREDICTION_TYPES, NoiseScheduleConfig
 
 DIFFUSERS_VERSION = "0.42.1"  # whose form of the files is written
 TRANSFORMERS_VERSION = "5.23.0"
-_ANY = object()
 
 
 # U-Net
 
-# Key -> the values that our U-Net has; the first is written. _ANY: does not change what the network computes.
+# Key -> the values that our U-Net has; the first is written. ANY: does not change what the network computes.
 _UNET_FIXED = {
     "act_fn": ("silu",),
-    "addition_time_embed_dim": (None,),
+    "addition_embed_type": (None, "text", "text_time"),
     "attention_type": ("default",),
     "center_input_sample": (False,),
-    "class_embed_type": (None,),
+    "class_embed_type": (None,),  # with num_class_embeds: a table
     "class_embeddings_concat": (False,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
     "cross_attention_norm": (None,),
     "downsample_padding": (1,),
-    "dropout": (0.0, _ANY),
+    "dropout": (0.0, ANY),
     "dual_cross_attention": (False,),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
@@ -41,20 +52,15 @@ _UNET_FIXED = {
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "norm_eps": (1e-5,),
     "num_attention_heads": (None,),
-    "num_class_embeds": (None,),
-    "only_cross_attention": (False,),
-    "projection_class_embeddings_input_dim": (None,),
     "resnet_out_scale_factor": (1.0,),
     "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
     "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
     "time_embedding_act_fn": (None,),
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
-    "transformer_layers_per_block": (1,),
-    "upcast_attention": (False, _ANY),
-    "use_linear_projection": (False,),
+    "upcast_attention": (False, ANY),
 }
 _UNET_READ = {
     "sample_size": 64,
@@ -64,66 +70,77 @@ _UNET_READ = {
     "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     "block_out_channels": (320, 640, 1280, 1280),
     "layers_per_block": 2,
+    "transformer_layers_per_block": 1,
     "attention_head_dim": 8,
     "cross_attention_dim": 1280,
+    "only_cross_attention": False,
+    "use_linear_projection": False,
     "norm_num_groups": 32,
-    "addition_embed_type": None,
+    "num_class_embeds": None,
+    "time_cond_proj_dim": None,
     "addition_embed_type_num_heads": 64,
-    "resnet_time_scale_shift": "default",
+    "addition_time_embed_dim": None,
+    "projection_class_embeddings_input_dim": None,
 }
 _DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 _UP = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+# The same field of ours, or another for those that are not
+_PER_BLOCK = {
+    "num_attention_heads": "attention_head_dim",  # so called since diffusers took it for the heads' number
+    "transformer_layers_per_block": "transformer_layers_per_block",
+    "only_cross_attention": "only_cross_attention",
+}
+_UNET_PLAIN = ("in_channels", "out_channels", "use_linear_projection", "norm_num_groups", "num_class_embeds")
+_UNET_PLAIN += ("time_cond_proj_dim", "addition_embed_type", "addition_embed_type_num_heads")
+_UNET_PLAIN += ("addition_time_embed_dim", "projection_class_embeddings_input_dim", "resnet_time_scale_shift")
 
 
 def unet_from_json(data: Mapping[str, Any], where: str) -> UNetConfig:
     """`where` names the file in messages. Raises CheckpointError on a feature that our U-Net has not."""
-    values = _values(data, "UNet2DConditionModel", _UNET_READ, _UNET_FIXED, where)
-    attention_blocks = _blocks(values, "down_block_types", _DOWN, where)
-    if _blocks(values, "up_block_types", _UP, where) != attention_blocks[::-1]:
+    values = values_of(data, "UNet2DConditionModel", _UNET_READ, _UNET_FIXED, where)
+    attention_blocks = blocks(values, "down_block_types", _DOWN, where)
+    if blocks(values, "up_block_types", _UP, where) != attention_blocks[::-1]:
         raise CheckpointError(f"{where}: up_block_types must mirror down_block_types")
     if len(values["block_out_channels"]) != len(attention_blocks):
         raise CheckpointError(f"{where}: block_out_channels and down_block_types are of different lengths")
-    if values["addition_embed_type"] not in (None, "text"):
-        raise CheckpointError(f"{where}: addition_embed_type={values['addition_embed_type']!r} is not supported")
-    if values["resnet_time_scale_shift"] not in ("default", "scale_shift"):
-        raise CheckpointError(
-            f"{where}: resnet_time_scale_shift={values['resnet_time_scale_shift']!r} is not supported"
-        )
-    return UNetConfig(
-        sample_size=_one(values, "sample_size", where),
-        in_channels=values["in_channels"],
-        out_channels=values["out_channels"],
+    values["addition_embed_type"] = data.get("addition_embed_type")
+    values["resnet_time_scale_shift"] = data.get("resnet_time_scale_shift") or "default"
+    if values["only_cross_attention"] is True and data.get("mid_block_only_cross_attention") is None:
+        raise CheckpointError(f"{where}: only_cross_attention=True in the middle too is not supported")
+    for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+        if values["addition_embed_type"] == "text_time" and not values[key]:
+            raise CheckpointError(f"{where}: addition_embed_type='text_time' needs {key}, which is missing")
+    config = UNetConfig(
+        sample_size=one(values, "sample_size", where),
         block_out_channels=tuple(values["block_out_channels"]),
         attention_blocks=attention_blocks,
-        layers_per_block=_one(values, "layers_per_block", where),
-        num_attention_heads=_one(values, "attention_head_dim", where),
-        cross_attention_dim=_one(values, "cross_attention_dim", where),
-        norm_num_groups=values["norm_num_groups"],
-        addition_embed_type=values["addition_embed_type"],
-        addition_embed_type_num_heads=values["addition_embed_type_num_heads"],
-        resnet_time_scale_shift=values["resnet_time_scale_shift"],
+        layers_per_block=one(values, "layers_per_block", where),
+        cross_attention_dim=one(values, "cross_attention_dim", where),
+        **{field: per_block(values, key, len(attention_blocks), where) for field, key in _PER_BLOCK.items()},
+        **{key: values[key] for key in _UNET_PLAIN},
     )
+    for block, width in enumerate(config.block_out_channels):
+        divide(width, config.norm_num_groups, "norm_num_groups", where)
+        if config.attention_blocks[block] or block == len(attention_blocks) - 1:  # behind the last, the middle attends
+            divide(width, config.of_block("num_attention_heads", block), "attention_head_dim", where)
+    return config
 
 
 def unet_to_json(config: UNetConfig) -> dict[str, Any]:
     down, up = {v: k for k, v in _DOWN.items()}, {v: k for k, v in _UP.items()}
-    return _sorted(
+    return in_order(
         {key: allowed[0] for key, allowed in _UNET_FIXED.items()},
         _class_name="UNet2DConditionModel",
         _diffusers_version=DIFFUSERS_VERSION,
         sample_size=config.sample_size,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
         down_block_types=[down[attends] for attends in config.attention_blocks],
         up_block_types=[up[attends] for attends in reversed(config.attention_blocks)],
         block_out_channels=list(config.block_out_channels),
         layers_per_block=config.layers_per_block,
-        attention_head_dim=config.num_attention_heads,  # so called since diffusers took it for the heads' number
         cross_attention_dim=config.cross_attention_dim,
-        norm_num_groups=config.norm_num_groups,
-        addition_embed_type=config.addition_embed_type,
-        addition_embed_type_num_heads=config.addition_embed_type_num_heads,
-        resnet_time_scale_shift=config.resnet_time_scale_shift,
+        mid_block_only_cross_attention=False if config.only_cross_attention is True else None,
+        **{key: as_list(getattr(config, field)) for field, key in _PER_BLOCK.items()},
+        **{key: getattr(config, key) for key in _UNET_PLAIN},
     )
 
 
@@ -131,7 +148,7 @@ def unet_to_json(config: UNetConfig) -> dict[str, Any]:
 
 _VAE_FIXED = {
     "act_fn": ("silu",),
-    "force_upcast": (True, _ANY),
+    "force_upcast": (True, ANY),
     "latents_mean": (None,),
     "latents_std": (None,),
     "mid_block_add_attention": (True,),
@@ -153,24 +170,70 @@ _VAE_READ = {
 }
 
 
-def vae_from_json(data: Mapping[str, Any], where: str) -> VAEConfig:
-    values = _values(data, "AutoencoderKL", _VAE_READ, _VAE_FIXED, where)
+_TINY_FIXED = {
+    "act_fn": ("relu",),
+    "force_upcast": (False, ANY),
+    "latent_magnitude": (3,),
+    "latent_shift": (0.5,),
+    "shift_factor": (0.0,),
+    "upsample_fn": ("nearest",),
+    "upsampling_scaling_factor": (2,),
+}
+_TINY_READ = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "encoder_block_out_channels": (64, 64, 64, 64),
+    "decoder_block_out_channels": (64, 64, 64, 64),
+    "num_encoder_blocks": (1, 3, 3, 3),
+    "num_decoder_blocks": (3, 3, 3, 1),
+    "scaling_factor": 1.0,
+}
+
+
+def vae_from_json(data: Mapping[str, Any], where: str) -> VAEConfig | TinyVAEConfig:
+    """AutoencoderKL or AutoencoderTiny, as `_class_name` says."""
+    if data.get("_class_name") == "AutoencoderTiny":
+        return _tiny_vae_from_json(data, where)
+    values = values_of(data, "AutoencoderKL", _VAE_READ, _VAE_FIXED, where)
     levels = len(values["block_out_channels"])
     for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        if len(_blocks(values, key, {kind: True}, where)) != levels:
+        if len(blocks(values, key, {kind: True}, where)) != levels:
             raise CheckpointError(f"{where}: block_out_channels and {key} are of different lengths")
-    plain = ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups")
+    for width in values["block_out_channels"]:
+        divide(width, values["norm_num_groups"], "norm_num_groups", where)
+    plain = ("in_channels", "out_channels", "latent_channels", "norm_num_groups")
     return VAEConfig(
-        sample_size=_one(values, "sample_size", where),
+        sample_size=one(values, "sample_size", where),
+        layers_per_block=one(values, "layers_per_block", where),
         block_out_channels=tuple(values["block_out_channels"]),
         scaling_factor=float(values["scaling_factor"]),
         **{key: values[key] for key in plain},
     )
 
 
-def vae_to_json(config: VAEConfig) -> dict[str, Any]:
+def _tiny_vae_from_json(data: Mapping[str, Any], where: str) -> TinyVAEConfig:
+    data = {key: value for key, value in data.items() if key != "block_out_channels"}  # the decoder's, once more
+    values = values_of(data, "AutoencoderTiny", _TINY_READ, _TINY_FIXED, where)
+    for half in ("encoder", "decoder"):
+        widths, blocks = values[f"{half}_block_out_channels"], values[f"num_{half}_blocks"]
+        if len(widths) != len(blocks):
+            raise CheckpointError(f"{where}: {half}_block_out_channels and num_{half}_blocks are of different lengths")
+        if len(set(widths)) != 1:
+            raise CheckpointError(f"{where}: {half}_block_out_channels={list(widths)} must be equal")
+    return TinyVAEConfig(**{key: as_tuple(value) for key, value in values.items()})
+
+
+def vae_to_json(config: VAEConfig | TinyVAEConfig) -> dict[str, Any]:
+    if isinstance(config, TinyVAEConfig):
+        return in_order(
+            {key: allowed[0] for key, allowed in _TINY_FIXED.items()},
+            _class_name="AutoencoderTiny",
+            _diffusers_version=DIFFUSERS_VERSION,
+            **{key: as_list(getattr(config, key)) for key in _TINY_READ},
+        )
     levels = len(config.block_out_channels)
-    return _sorted(
+    return in_order(
         {key: allowed[0] for key, allowed in _VAE_FIXED.items()},
         _class_name="AutoencoderKL",
         _diffusers_version=DIFFUSERS_VERSION,
@@ -203,36 +266,50 @@ _CLIP_READ = {
 }
 
 
-def text_encoder_from_json(data: Mapping[str, Any], where: str) -> CLIPTextConfig:
+def text_encoder_from_json(
+    data: Mapping[str, Any],
+    where: str,
+    part: str = "text_encoder",
+    in_sdxl: bool = False,  # the pipeline has a text_encoder_2, and reads the states of the last layer but one
+) -> CLIPTextConfig:
     """Also the `text_config` of a whole CLIPModel. Other keys of transformers say nothing about the network.
 
-    `eos_token_id` 2 and `pad_token_id` 1 are known mistakes of old files and mean the last token of the vocabulary.
+    `eos_token_id` 2 and `pad_token_id` 1 are known mistakes of old files. They mean the last token of the vocabulary,
+    as in OpenAI's CLIP; OpenCLIP, which is the one with "gelu", pads with 0.
     """
     kind = data.get("model_type", "clip_text_model")
     if kind not in ("clip_text_model", "clip"):
         raise CheckpointError(f"{where}: model_type={kind!r} is not supported as a text encoder: only CLIP's is")
-    nested = data.get("text_config")
-    values = _CLIP_READ | {k: v for k, v in (nested or data).items() if k in _CLIP_READ}
+    nested = data.get("text_config") or data
+    if not isinstance(nested, Mapping):
+        raise CheckpointError(f"{where}: text_config={nested!r} is damaged")
+    values = read_keys(nested, _CLIP_READ, where)
     if values["hidden_act"] not in ("quick_gelu", "gelu"):
         raise CheckpointError(f"{where}: hidden_act={values['hidden_act']!r} is not supported")
+    divide(values["hidden_size"], values["num_attention_heads"], "num_attention_heads", where)
     last = values["vocab_size"] - 1
     if values["eos_token_id"] in (2, None) or values["eos_token_id"] > last:
         values["eos_token_id"] = last
     if values["pad_token_id"] in (1, None) or values["pad_token_id"] > last:
-        values["pad_token_id"] = values["eos_token_id"]
+        values["pad_token_id"] = 0 if values["hidden_act"] == "gelu" else values["eos_token_id"]
+    if part == "text_encoder_2" or "CLIPTextModelWithProjection" in str(data.get("architectures")):
+        values["projection_dim"] = read_keys(nested, {"projection_dim": 512}, where)["projection_dim"]
+    if in_sdxl or part == "text_encoder_2":
+        values |= {"clip_skip": 2, "context_norm": False}
     return CLIPTextConfig(**values)
 
 
 def text_encoder_to_json(config: CLIPTextConfig, bos_token_id: int, dtype: str) -> dict[str, Any]:
-    return _sorted(
+    """`clip_skip` and `context_norm` have no place in it: they are the pipeline's (see `save`)."""
+    return in_order(
         {key: getattr(config, key) for key in _CLIP_READ},
-        architectures=["CLIPTextModel"],
+        architectures=["CLIPTextModel" if config.projection_dim is None else "CLIPTextModelWithProjection"],
         model_type="clip_text_model",
         bos_token_id=bos_token_id,
         attention_dropout=0.0,
         initializer_factor=1.0,
         initializer_range=0.02,
-        projection_dim=config.hidden_size,
+        projection_dim=config.projection_dim or config.hidden_size,
         torch_dtype=dtype,
         transformers_version=TRANSFORMERS_VERSION,
     )
@@ -241,34 +318,37 @@ def text_encoder_to_json(config: CLIPTextConfig, bos_token_id: int, dtype: str) 
 # Noise schedule
 
 _SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+_SCHEDULE_READ = {
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+}
 
 
 def noise_schedule_from_json(data: Mapping[str, Any], where: str) -> NoiseScheduleConfig:
     """scheduler_config.json: what belongs to the model, not which sampler it names."""
-    if str(data.get("_class_name", "")).startswith("FlowMatch"):
-        raise CheckpointError(f"{where}: {data['_class_name']} is not a schedule of SD 1.x")
+    if str(data.get("_class_name", "")).startswith(("FlowMatch", "EDM")):
+        raise CheckpointError(f"{where}: {data['_class_name']} is not a schedule of Stable Diffusion")
     if data.get("trained_betas"):
         raise CheckpointError(f"{where}: trained_betas is not supported")
-    schedule, prediction = data.get("beta_schedule", "linear"), data.get("prediction_type", "epsilon")
-    if schedule not in _SCHEDULES:
-        raise CheckpointError(f"{where}: beta_schedule={schedule!r} is not supported: only {', '.join(_SCHEDULES)}")
-    if prediction not in PREDICTION_TYPES:
-        raise CheckpointError(
-            f"{where}: prediction_type={prediction!r} is not supported: only {', '.join(PREDICTION_TYPES)}"
-        )
+    values = read_keys(data, _SCHEDULE_READ, where)
+    for key, choices in (("beta_schedule", _SCHEDULES), ("prediction_type", PREDICTION_TYPES)):
+        if values[key] not in choices:
+            raise CheckpointError(f"{where}: {key}={values[key]!r} is not supported: only {', '.join(choices)}")
     return NoiseScheduleConfig(
-        beta_schedule=schedule,
-        beta_start=float(data.get("beta_start", 0.0001)),
-        beta_end=float(data.get("beta_end", 0.02)),
-        num_train_timesteps=data.get("num_train_timesteps", 1000),
-        prediction_type=prediction,
-        rescale_betas_zero_snr=bool(data.get("rescale_betas_zero_snr", False)),
+        **{**values, "beta_start": float(values["beta_start"]), "beta_end": float(values["beta_end"])}
     )
 
 
 def noise_schedule_to_json(config: NoiseScheduleConfig) -> dict[str, Any]:
-    """As diffusers' DDIMScheduler, which knows every schedule and prediction that we share with diffusers."""
-    return _sorted(
+    """As diffusers' DDIMScheduler, which knows every schedule and prediction that we share with diffusers.
+
+    A zero terminal signal-to-noise ratio is of use only to steps that begin at the last timestep ("trailing").
+    """
+    return in_order(
         {},
         _class_name="DDIMScheduler",
         _diffusers_version=DIFFUSERS_VERSION,
@@ -281,49 +361,6 @@ def noise_schedule_to_json(config: NoiseScheduleConfig) -> dict[str, Any]:
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
         set_alpha_to_one=False,
         steps_offset=1,
-        timestep_spacing="leading",
+        timestep_spacing="trailing" if config.rescale_betas_zero_snr else "leading",
         trained_betas=None,
     )
-
-
-# Reading strictly
-
-
-def _values(data: Mapping, class_name: str, read: Mapping, fixed: Mapping, where: str) -> dict[str, Any]:
-    """The keys of `read`, with its defaults. Refuses values that are not in `fixed`, and unknown keys in use."""
-    said = data.get("_class_name", class_name)
-    if said != class_name:
-        raise CheckpointError(f"{where}: _class_name={said!r} is not supported: only {class_name} is")
-    for key, value in data.items():
-        if key.startswith("_") or key in read:
-            continue
-        allowed = fixed.get(key, (None, False))
-        if _ANY not in allowed and value not in allowed and not _all_of(value, allowed):
-            raise CheckpointError(f"{where}: {key}={value!r} is not supported: no model of SD 1.x has it")
-    return {key: default if data.get(key) is None else data[key] for key, default in read.items()}
-
-
-def _all_of(value: Any, allowed: tuple) -> bool:
-    """A list with one entry per block, each of which is allowed."""
-    return isinstance(value, list | tuple) and bool(value) and all(entry in allowed for entry in value)
-
-
-def _blocks(values: Mapping[str, Any], key: str, kinds: Mapping[str, bool], where: str) -> tuple[bool, ...]:
-    for kind in values[key]:
-        if kind not in kinds:
-            raise CheckpointError(f"{where}: {key} has {kind}, which is not supported: only {', '.join(kinds)}")
-    return tuple(kinds[kind] for kind in values[key])
-
-
-def _one(values: Mapping[str, Any], key: str, where: str) -> int:
-    """A number, also where it is written as a list of equal ones."""
-    value = values[key]
-    if not isinstance(value, list | tuple):
-        return value
-    if len(set(value)) != 1:
-        raise CheckpointError(f"{where}: {key}={list(value)} is not supported: it must be one number for all blocks")
-    return value[0]
-
-
-def _sorted(first: Mapping[str, Any], **rest: Any) -> dict[str, Any]:
-    return dict(sorted({**first, **rest}.items()))

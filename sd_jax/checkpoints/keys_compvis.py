@@ -1,29 +1,50 @@
-"""Single files in the CompVis layout (SD 1.x, as A1111 and ComfyUI have them) <-> diffusers' names, both ways.
+"""Single files in the CompVis and SGM layouts (as A1111 and ComfyUI have them) <-> diffusers' names, both ways.
 
-    model.diffusion_model.*                       U-Net: input, middle and output blocks, counted straight through
-    first_stage_model.*                           VAE; its attention's linears are 1x1 convolutions
-    cond_stage_model.transformer.text_model.*     CLIP, as transformers calls it
-    model_ema.*                                   averaged U-Net: the same names with the dots left out
+    model.diffusion_model.*                         U-Net: input, middle and output blocks, counted straight through
+    first_stage_model.*                             VAE; its attention's linears are 1x1 convolutions
+    cond_stage_model.transformer.text_model.*       SD 1: CLIP, as transformers calls it
+    cond_stage_model.model.*                        SD 2: OpenCLIP, by its own names (see `keys_open_clip`)
+    conditioner.embedders.0.transformer.*           SDXL: CLIP, and behind it
+    conditioner.embedders.1.model.*                 OpenCLIP; the refiner has it alone, as embedders.0
+    model_ema.*                                     averaged U-Net: the same names with the dots left out
 
-Sources: CompVis/stable-diffusion `ldm/modules/diffusionmodules/{openaimodel,model}.py`, `ldm/modules/ema.py`.
+Sources: CompVis/stable-diffusion `ldm/modules/diffusionmodules/{openaimodel,model}.py`, `ldm/modules/ema.py`;
+Stability-AI/stablediffusion; Stability-AI/generative-models `sgm/modules/encoders/modules.py`.
 """
 
 from collections.abc import Mapping
 
-from sd_jax.checkpoints import layout
-from sd_jax.checkpoints.errors import CheckpointError, listing
-from sd_jax.checkpoints.tensors import Tensor
-from sd_jax.models.presets import CLIPTextConfig, UNetConfig, VAEConfig
+import numpy as np
 
-PREFIXES = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text_encoder": "cond_stage_model.transformer.",
+from sd_jax.checkpoints import keys_open_clip, layout
+from sd_jax.checkpoints.errors import CheckpointError, listing
+from sd_jax.checkpoints.layout import Config
+from sd_jax.checkpoints.tensors import Tensor
+from sd_jax.models.presets import PARTS, ModelSpec, TinyVAEConfig, UNetConfig, VAEConfig
+
+_NETWORKS = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
+_TEXT_ENCODERS = {
+    "sd1": {"text_encoder": "cond_stage_model.transformer."},
+    "sd2": {"text_encoder": "cond_stage_model.model."},
+    "sdxl": {
+        "text_encoder": "conditioner.embedders.0.transformer.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
+    "sdxl_refiner": {"text_encoder_2": "conditioner.embedders.0.model."},
 }
-_OTHER_PREFIXES = {"vae": "vae."}  # read besides, never written
+PREFIXES = {kind: {**_NETWORKS, **texts} for kind, texts in _TEXT_ENCODERS.items()}  # kind -> part -> prefix
+TITLES = {"sd1": "SD 1.x", "sd2": "SD 2", "sdxl": "SDXL", "sdxl_refiner": "the SDXL refiner"}
+
+_OTHER_PREFIXES = {  # read besides, never written
+    "sd1": {"vae": "vae."},
+    "sd2": {"vae": "vae.", "text_encoder": "conditioner.embedders.0.model."},
+    "sdxl": {"vae": "vae."},
+    "sdxl_refiner": {"vae": "vae."},
+}
 _EMA = "model_ema."
 
-# What trainers leave in a file besides the model: the schedule's tables, counters, losses, CLIP's unused ends
+# What programs leave in a file besides the model: the schedule's tables, counters, losses, CLIP's unused ends, and
+# networks that only prepare the input (depth's MiDaS, the x4 upscaler's noise)
 _BAGGAGE = {
     "betas",
     "alphas_cumprod",
@@ -46,7 +67,9 @@ _BAGGAGE = {
     "ztsnr",
     "cond_stage_model.logit_scale",
     "cond_stage_model.text_projection",
+    "conditioner.embedders.0.logit_scale",
     "denoiser.sigmas",
+    "denoiser.log_sigmas",
 }
 _BAGGAGE_PREFIXES = (
     "optimizer",
@@ -56,6 +79,8 @@ _BAGGAGE_PREFIXES = (
     "embedding_manager.",
     "first_stage_model.loss.",
     "first_stage_model.model_ema.",
+    "depth_model.",
+    "low_scale_model.",
 )
 
 _RESNET = {
@@ -73,14 +98,21 @@ _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "
 # Files <-> networks
 
 
-def split(tensors: Mapping[str, Tensor], where: str, weights: str) -> dict[str, dict[str, Tensor]]:
-    """A file's tensors by network, without their prefixes; baggage dropped. weights: "ema" (where there are) or "raw".
+def kind_of(spec: ModelSpec) -> str:
+    """The layout of a model's single file, a key of PREFIXES."""
+    if spec.text_encoder_2 is not None:
+        return "sdxl" if spec.text_encoder is not None else "sdxl_refiner"
+    return "sd2" if spec.unet.use_linear_projection else "sd1"
+
+
+def split(tensors: Mapping[str, Tensor], kind: str, where: str, weights: str) -> dict[str, dict[str, Tensor]]:
+    """A file's tensors by part, without their prefixes; baggage dropped. weights: "ema" (where there are) or "raw".
 
     Raises CheckpointError listing tensors that belong to nothing.
     """
-    parts, ema, unknown = {part: {} for part in PREFIXES}, {}, []
+    parts, ema, unknown = {part: {} for part in PARTS}, {}, []
     for name, tensor in tensors.items():
-        part, rest = _belongs_to(name)
+        part, rest = _belongs_to(name, kind)
         if name in _BAGGAGE or name.startswith(_BAGGAGE_PREFIXES):
             continue
         if name.startswith(_EMA):
@@ -90,14 +122,14 @@ def split(tensors: Mapping[str, Tensor], where: str, weights: str) -> dict[str, 
         else:
             unknown.append(name)
     if unknown:
-        raise CheckpointError(f"{where}: unexpected in a single file of SD 1.x: {listing(unknown)}")
+        raise CheckpointError(f"{where}: unexpected in a single file of {TITLES[kind]}: {listing(unknown)}")
     if ema and weights == "ema":
         parts["unet"] = _averaged(parts["unet"], ema, where)
     return {part: found for part, found in parts.items() if found}
 
 
-def _belongs_to(name: str) -> tuple[str | None, str]:
-    for prefixes in (PREFIXES, _OTHER_PREFIXES):
+def _belongs_to(name: str, kind: str) -> tuple[str | None, str]:
+    for prefixes in (PREFIXES[kind], _OTHER_PREFIXES[kind]):
         for part, prefix in prefixes.items():
             if name.startswith(prefix):
                 return part, name.removeprefix(prefix)
@@ -119,49 +151,79 @@ def _averaged(unet: dict[str, Tensor], ema: dict[str, Tensor], where: str) -> di
 def to_diffusers(
     part: str,
     tensors: Mapping[str, Tensor],
-    config: UNetConfig | VAEConfig | CLIPTextConfig,
+    config: Config,
+    kind: str,
     where: str,
 ) -> dict[str, Tensor]:
     """One network out of `split` by diffusers' names. Raises CheckpointError where names are missing or unexpected."""
-    if part == "text_encoder":
+    if part.startswith("text_encoder") and not _is_open_clip(part, kind):
         return dict(tensors)  # transformers' own names; `keys_diffusers` is strict about them
-    table = names(part, config)
-    problems = [f"{PREFIXES[part]}{name} is missing" for name in table.values() if name not in tensors]
-    problems += [f"{PREFIXES[part]}{name} is unexpected" for name in tensors.keys() - set(table.values())]
+    prefix, table, ignored = PREFIXES[kind][part], names(part, config, kind), ()
+    if _is_open_clip(part, kind):
+        tensors, ignored = keys_open_clip.modern(tensors), keys_open_clip.ignored(config)
+    problems = [f"{prefix}{name} is missing" for name in dict.fromkeys(table.values()) if name not in tensors]
+    problems += [f"{prefix}{name} is unexpected" for name in tensors.keys() - set(table.values()) - set(ignored)]
     if problems:
-        raise CheckpointError(f"{where}: not a {layout.NAMES[part]} of SD 1.x: {listing(sorted(problems))}")
+        title = f"{layout.NAMES[part]} of {TITLES[kind]}"
+        raise CheckpointError(f"{where}: not a {title}: {listing(sorted(problems))}")
+    if _is_open_clip(part, kind):
+        return keys_open_clip.to_transformers(tensors, config, where)
     return {theirs: tensors[name] for theirs, name in table.items()}
 
 
-def from_diffusers(
-    part: str,
-    tensors: Mapping[str, Tensor],
-    config: UNetConfig | VAEConfig | CLIPTextConfig,
-) -> dict[str, Tensor]:
+def from_diffusers(part: str, tensors: Mapping[str, Tensor], config: Config, kind: str) -> dict[str, Tensor]:
     """The inverse, prefixes included: what a single file holds of one network."""
-    table = names(part, config)
-    renamed = {}
-    for name, tensor in tensors.items():
-        if part == "vae" and ".attentions." in name and tensor.ndim == 2:
-            tensor = tensor.reshape(*tensor.shape, 1, 1)
-        if name not in table:
-            raise CheckpointError(
-                f"the CompVis layout has no place for {part}/{name}: write a diffusers folder instead"
-            )
-        renamed[PREFIXES[part] + table[name]] = tensor
-    return renamed
+    table = names(part, config, kind)
+    lost = [name for name in tensors if name not in table]
+    if lost:
+        raise CheckpointError(f"the CompVis layout has no place for {part}/{lost[0]}: write a diffusers folder instead")
+    if _is_open_clip(part, kind):
+        renamed = keys_open_clip.from_transformers(tensors, config)
+    else:
+        renamed = {table[name]: _as_in_file(part, name, tensor) for name, tensor in tensors.items()}
+    return {PREFIXES[kind][part] + name: tensor for name, tensor in renamed.items()}
+
+
+def _as_in_file(part: str, name: str, tensor: Tensor) -> Tensor:
+    is_vae_linear = part == "vae" and ".attentions." in name and tensor.ndim == 2
+    return tensor.reshape(*tensor.shape, 1, 1) if is_vae_linear else tensor
+
+
+def _is_open_clip(part: str, kind: str) -> bool:
+    return part == "text_encoder_2" or (part == "text_encoder" and kind == "sd2")
 
 
 # The tables
 
 
-def names(part: str, config: UNetConfig | VAEConfig | CLIPTextConfig) -> dict[str, str]:
-    """{diffusers' name: CompVis name without its prefix}, of all tensors of a network."""
+def names(part: str, config: Config, kind: str) -> dict[str, str]:
+    """{diffusers' name: the file's name without its prefix}, of all tensors of a network.
+
+    One to one, but that OpenCLIP stacks a layer's q, k and v in one tensor. What the layout has no place for (our
+    models' pooled text beside the timestep) is left out. Raises CheckpointError for a tiny VAE, which has none at all.
+    """
+    if isinstance(config, TinyVAEConfig):
+        raise CheckpointError("the CompVis layout has no place for a tiny VAE: write a diffusers folder instead")
+    if _is_open_clip(part, kind):
+        return keys_open_clip.names(config)
     wanted = layout.LAYOUTS[part](config)
     if part == "text_encoder":
         return {name: name for name in wanted}
     modules = _unet_modules(config) if part == "unet" else _vae_modules(config)
-    return {name: _translate(name, modules) for name in wanted if not name.startswith("add_embedding.")}
+    placeless = ("add_embedding.",) if part == "unet" and config.addition_embed_type == "text" else ()
+    return {name: _translate(name, modules) for name in wanted if not name.startswith(placeless)}
+
+
+def shapes(part: str, config: Config, kind: str) -> dict[str, tuple[int, ...]]:
+    """{the file's name without its prefix: torch shape}: what a single file holds of one network."""
+    wanted = layout.LAYOUTS[part](config)
+    placed = {name: _shape_only(wanted[name]) for name in names(part, config, kind)}
+    file = from_diffusers(part, placed, config, kind)
+    return {name.removeprefix(PREFIXES[kind][part]): tensor.shape for name, tensor in file.items()}
+
+
+def _shape_only(shape: tuple[int, ...]) -> Tensor:
+    return Tensor(shape, np.dtype(np.float32), lambda: np.zeros(shape, np.float32))
 
 
 def _translate(name: str, modules: dict[str, str]) -> str:
@@ -178,6 +240,10 @@ def _unet_modules(config: UNetConfig) -> dict[str, str]:
     modules = {
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
+        "time_embedding.cond_proj": "time_embed.cond_proj",  # LCM's
+        "class_embedding": "label_emb",  # the x4 upscaler's table of noise levels
+        "add_embedding.linear_1": "label_emb.0.0",  # SDXL's sizes and pooled prompt
+        "add_embedding.linear_2": "label_emb.0.2",
         "conv_in": "input_blocks.0.0",
         "mid_block.attentions.0": "middle_block.1",
         "conv_norm_out": "out.0",

@@ -12,30 +12,32 @@ encoders without the `text_model.` level (as transformers 5 writes them), and bu
 from collections.abc import Mapping
 
 from sd_jax.checkpoints import layout
+from sd_jax.checkpoints.layout import Config
 from sd_jax.checkpoints.tensors import Tensor
-from sd_jax.models.presets import CLIPTextConfig, UNetConfig, VAEConfig
+from sd_jax.models.presets import CLIPTextConfig, VAEConfig
 
 # Lists of modules in torch, whose index we join with "_". (`linear_1` is a name of its own, not a list.)
 _LISTS = {"down_blocks", "up_blocks", "resnets", "attentions", "transformer_blocks", "downsamplers", "upsamplers"}
-_LISTS |= {"to_out", "net", "layers"}
+_LISTS |= {"to_out", "net", "layers", "conv"}
 
 _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 # In text encoders' files, but no parameters of CLIPTextModel
-_TEXT_BAGGAGE = ("embeddings.position_ids", "text_projection.weight", "logit_scale")
+_TEXT_BAGGAGE = ("embeddings.position_ids", "logit_scale")
+_PROJECTION = "text_projection.weight"  # one of CLIPTextModelWithProjection, beside its text_model
 
 
 def from_diffusers(
     part: str,
     tensors: Mapping[str, Tensor],
-    config: UNetConfig | VAEConfig | CLIPTextConfig,
+    config: Config,
     where: str,
 ) -> dict[str, Tensor]:
     """One network's tensors by diffusers' names -> by ours ("a/b/kernel"), in our layout. `where` is for messages.
 
     Raises CheckpointError listing what is missing, unexpected or of another shape.
     """
-    tensors = _modern(part, tensors)
+    tensors = _modern(tensors, config)
     layout.check(part, tensors, config, where)
     return {our_name(name, tensor.ndim): _our_layout(name, tensor) for name, tensor in tensors.items()}
 
@@ -43,7 +45,7 @@ def from_diffusers(
 def to_diffusers(
     part: str,
     tensors: Mapping[str, Tensor],
-    config: UNetConfig | VAEConfig | CLIPTextConfig,
+    config: Config,
     where: str,
 ) -> dict[str, Tensor]:
     """The inverse of `from_diffusers`, as strict."""
@@ -88,14 +90,24 @@ def _their_layout(name: str, tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 0) if tensor.ndim == 2 and name.endswith("/kernel") else tensor
 
 
-def _modern(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _modern(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """Old spellings -> today's."""
-    if part == "text_encoder":
-        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(_TEXT_BAGGAGE)}
-        return {name if name.startswith("text_model.") else f"text_model.{name}": t for name, t in kept.items()}
-    if part == "vae":
+    if isinstance(config, CLIPTextConfig):
+        return _modern_text_encoder(tensors, config)
+    if isinstance(config, VAEConfig):
         return dict(_modern_vae_attention(name, tensor) for name, tensor in tensors.items())
     return dict(tensors)
+
+
+def _modern_text_encoder(tensors: Mapping[str, Tensor], config: CLIPTextConfig) -> dict[str, Tensor]:
+    modern = {}
+    for name, tensor in tensors.items():
+        if name.endswith(_PROJECTION):
+            if config.projection_dim is not None:
+                modern[_PROJECTION] = tensor
+        elif not name.endswith(_TEXT_BAGGAGE):
+            modern[name if name.startswith("text_model.") else f"text_model.{name}"] = tensor
+    return modern
 
 
 def _modern_vae_attention(name: str, tensor: Tensor) -> tuple[str, Tensor]:

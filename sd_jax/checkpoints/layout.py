@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 
 from sd_jax.checkpoints.errors import CheckpointError, listing
 from sd_jax.checkpoints.tensors import Tensor
-from sd_jax.models.presets import CLIPTextConfig, UNetConfig, VAEConfig
+from sd_jax.models.presets import CLIPTextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 
 Shapes = dict[str, tuple[int, ...]]
+Config = UNetConfig | VAEConfig | TinyVAEConfig | CLIPTextConfig
 
-PARTS = ("unet", "vae", "text_encoder")
-NAMES = {"unet": "U-Net", "vae": "VAE", "text_encoder": "text encoder"}
+NAMES = {"unet": "U-Net", "vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 
 
 def unet(config: UNetConfig) -> Shapes:
@@ -22,11 +22,18 @@ def unet(config: UNetConfig) -> Shapes:
     depth, time = len(widths), 4 * widths[0]
     shapes = _conv("conv_in", config.in_channels, widths[0])
     shapes |= _linear("time_embedding.linear_1", widths[0], time) | _linear("time_embedding.linear_2", time, time)
-    if config.addition_embed_type is not None:
+    if config.time_cond_proj_dim is not None:
+        shapes |= _linear("time_embedding.cond_proj", config.time_cond_proj_dim, widths[0], bias=False)
+    if config.num_class_embeds is not None:
+        shapes["class_embedding.weight"] = (config.num_class_embeds, time)
+    if config.addition_embed_type == "text":
         shapes |= _text_embedding("add_embedding", config.cross_attention_dim, time)
+    if config.addition_embed_type == "text_time":
+        shapes |= _linear("add_embedding.linear_1", config.projection_class_embeddings_input_dim, time)
+        shapes |= _linear("add_embedding.linear_2", time, time)
 
-    def attention(name, width):
-        return _transformer(name, width, config.cross_attention_dim)
+    def attention(name, width, level):
+        return _transformer(name, width, config, level)
 
     def resnet(name, width, out):
         return _resnet(name, width, out, time, config.resnet_time_scale_shift == "scale_shift")
@@ -37,7 +44,7 @@ def unet(config: UNetConfig) -> Shapes:
         for j in range(layers):
             shapes |= resnet(f"down_blocks.{i}.resnets.{j}", width, out)
             if config.attention_blocks[i]:
-                shapes |= attention(f"down_blocks.{i}.attentions.{j}", out)
+                shapes |= attention(f"down_blocks.{i}.attentions.{j}", out, i)
             width = out
             skips.append(width)
         if i < depth - 1:
@@ -45,7 +52,7 @@ def unet(config: UNetConfig) -> Shapes:
             skips.append(out)
 
     # Middle
-    shapes |= resnet("mid_block.resnets.0", width, width) | attention("mid_block.attentions.0", width)
+    shapes |= resnet("mid_block.resnets.0", width, width) | attention("mid_block.attentions.0", width, -1)
     shapes |= resnet("mid_block.resnets.1", width, width)
 
     # Up, mirrored
@@ -53,15 +60,17 @@ def unet(config: UNetConfig) -> Shapes:
         for j in range(layers + 1):
             shapes |= resnet(f"up_blocks.{i}.resnets.{j}", width + skips.pop(), out)
             if config.attention_blocks[depth - 1 - i]:
-                shapes |= attention(f"up_blocks.{i}.attentions.{j}", out)
+                shapes |= attention(f"up_blocks.{i}.attentions.{j}", out, depth - 1 - i)
             width = out
         if i < depth - 1:
             shapes |= _conv(f"up_blocks.{i}.upsamplers.0.conv", out, out)
     return shapes | _norm("conv_norm_out", width) | _conv("conv_out", width, config.out_channels)
 
 
-def vae(config: VAEConfig) -> Shapes:
-    """diffusers' AutoencoderKL, its attention as linears."""
+def vae(config: VAEConfig | TinyVAEConfig) -> Shapes:
+    """diffusers' AutoencoderKL, its attention as linears; or AutoencoderTiny."""
+    if isinstance(config, TinyVAEConfig):
+        return _tiny_vae(config)
     widths, layers, latent = config.block_out_channels, config.layers_per_block, config.latent_channels
     shapes = {}
 
@@ -95,8 +104,43 @@ def vae(config: VAEConfig) -> Shapes:
     return shapes | _norm("decoder.conv_norm_out", width) | _conv("decoder.conv_out", width, config.out_channels)
 
 
+def _tiny_vae(config: TinyVAEConfig) -> Shapes:
+    """diffusers' AutoencoderTiny: flat lists, in which activations and resamplings have numbers too.
+
+    Its levels only fit together where all are of one width.
+    """
+
+    def blocks(name, begin, count, width):
+        shapes = {}
+        for i in range(begin, begin + count):
+            for j in (0, 2, 4):
+                shapes |= _conv(f"{name}.{i}.conv.{j}", width, width)
+        return shapes
+
+    # Encoder
+    shapes, index = {}, 0
+    for width, count in zip(config.encoder_block_out_channels, config.num_encoder_blocks, strict=True):
+        shapes |= _conv(f"encoder.layers.{index}", width if index else config.in_channels, width, bias=not index)
+        shapes |= blocks("encoder.layers", index + 1, count, width)
+        index += 1 + count
+    shapes |= _conv(f"encoder.layers.{index}", width, config.latent_channels)
+
+    # Decoder
+    shapes |= _conv("decoder.layers.0", config.latent_channels, config.decoder_block_out_channels[0])
+    index = 2
+    for level, (width, count) in enumerate(
+        zip(config.decoder_block_out_channels, config.num_decoder_blocks, strict=True)
+    ):
+        if level > 0:
+            shapes |= _conv(f"decoder.layers.{index + 1}", width, width, bias=False)
+            index += 2
+        shapes |= blocks("decoder.layers", index, count, width)
+        index += count
+    return shapes | _conv(f"decoder.layers.{index}", width, config.out_channels)
+
+
 def text_encoder(config: CLIPTextConfig) -> Shapes:
-    """transformers' CLIPTextModel, with the `text_model` level that its files had until transformers 5."""
+    """transformers' CLIPTextModel(WithProjection), with the `text_model` level that files had until transformers 5."""
     width = config.hidden_size
     shapes = {
         "text_model.embeddings.token_embedding.weight": (config.vocab_size, width),
@@ -109,15 +153,20 @@ def text_encoder(config: CLIPTextConfig) -> Shapes:
         shapes |= _norm(f"{layer}.layer_norm1", width) | _norm(f"{layer}.layer_norm2", width)
         shapes |= _linear(f"{layer}.mlp.fc1", width, config.intermediate_size)
         shapes |= _linear(f"{layer}.mlp.fc2", config.intermediate_size, width)
+    if config.projection_dim is not None:
+        shapes |= _linear("text_projection", width, config.projection_dim, bias=False)
     return shapes | _norm("text_model.final_layer_norm", width)
 
 
-LAYOUTS: dict[str, Callable[..., Shapes]] = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+LAYOUTS: dict[str, Callable[..., Shapes]] = {
+    "unet": unet,
+    "vae": vae,
+    "text_encoder": text_encoder,
+    "text_encoder_2": text_encoder,
+}
 
 
-def check(
-    part: str, tensors: Mapping[str, Tensor], config: UNetConfig | VAEConfig | CLIPTextConfig, where: str
-) -> None:
+def check(part: str, tensors: Mapping[str, Tensor], config: Config, where: str) -> None:
     """Raises CheckpointError listing what is missing, unexpected or of another shape."""
     wanted = LAYOUTS[part](config)
     problems = [f"{name} is missing" for name in wanted if name not in tensors]
@@ -139,8 +188,9 @@ def _linear(name: str, features_in: int, features_out: int, bias: bool = True) -
     return shapes | {f"{name}.bias": (features_out,)} if bias else shapes
 
 
-def _conv(name: str, features_in: int, features_out: int, size: int = 3) -> Shapes:
-    return {f"{name}.weight": (features_out, features_in, size, size), f"{name}.bias": (features_out,)}
+def _conv(name: str, features_in: int, features_out: int, size: int = 3, bias: bool = True) -> Shapes:
+    shapes = {f"{name}.weight": (features_out, features_in, size, size)}
+    return shapes | {f"{name}.bias": (features_out,)} if bias else shapes
 
 
 def _norm(name: str, features: int) -> Shapes:
@@ -167,15 +217,22 @@ def _text_embedding(name: str, context: int, time: int) -> Shapes:
     return shapes | _linear(f"{name}.proj", context, time) | _norm(f"{name}.norm2", time)
 
 
-def _transformer(name: str, width: int, context: int) -> Shapes:
-    """diffusers' Transformer2DModel of one layer, its projections 1x1 convolutions (use_linear_projection=False)."""
-    shapes = _norm(f"{name}.norm", width) | _conv(f"{name}.proj_in", width, width, 1)
-    block = f"{name}.transformer_blocks.0"
-    for attention, keys in (("attn1", width), ("attn2", context)):
-        shapes |= _linear(f"{block}.{attention}.to_q", width, width, bias=False)
-        shapes |= _linear(f"{block}.{attention}.to_k", keys, width, bias=False)
-        shapes |= _linear(f"{block}.{attention}.to_v", keys, width, bias=False)
-        shapes |= _linear(f"{block}.{attention}.to_out.0", width, width)
-    shapes |= _norm(f"{block}.norm1", width) | _norm(f"{block}.norm2", width) | _norm(f"{block}.norm3", width)
-    shapes |= _linear(f"{block}.ff.net.0.proj", width, 8 * width) | _linear(f"{block}.ff.net.2", 4 * width, width)
-    return shapes | _conv(f"{name}.proj_out", width, width, 1)
+def _transformer(name: str, width: int, config: UNetConfig, level: int) -> Shapes:
+    """diffusers' Transformer2DModel of a down block, or of the up block that mirrors it (-1: of the middle)."""
+    context = config.cross_attention_dim
+    only_context = level >= 0 and config.of_block("only_cross_attention", level)
+
+    def project(layer):
+        return _linear(layer, width, width) if config.use_linear_projection else _conv(layer, width, width, 1)
+
+    shapes = _norm(f"{name}.norm", width) | project(f"{name}.proj_in")
+    for i in range(config.of_block("transformer_layers_per_block", level)):
+        block = f"{name}.transformer_blocks.{i}"
+        for attention, keys in (("attn1", context if only_context else width), ("attn2", context)):
+            shapes |= _linear(f"{block}.{attention}.to_q", width, width, bias=False)
+            shapes |= _linear(f"{block}.{attention}.to_k", keys, width, bias=False)
+            shapes |= _linear(f"{block}.{attention}.to_v", keys, width, bias=False)
+            shapes |= _linear(f"{block}.{attention}.to_out.0", width, width)
+        shapes |= _norm(f"{block}.norm1", width) | _norm(f"{block}.norm2", width) | _norm(f"{block}.norm3", width)
+        shapes |= _linear(f"{block}.ff.net.0.proj", width, 8 * width) | _linear(f"{block}.ff.net.2", 4 * width, width)
+    return shapes | project(f"{name}.proj_out")

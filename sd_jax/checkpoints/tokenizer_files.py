@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_jax.checkpoints.errors import CheckpointError
+from sd_jax.models.presets import CLIPTextConfig
 
 _NEEDED = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 _OPTIONAL = ("tokenizer.json", "added_tokens.json")
@@ -23,14 +24,15 @@ def is_tokenizer(folder: str | os.PathLike) -> bool:
 
 def special_ids(folder: str | os.PathLike) -> dict[str, int]:
     """{"bos_token", "eos_token", "pad_token": id}, those that its vocabulary has; nothing says padding = end."""
-    vocabulary, names = _vocabulary(Path(folder)), _names(Path(folder))
-    return {kind: vocabulary[name] for kind, name in names.items() if name in vocabulary}
+    ids, names = vocabulary(folder), _names(Path(folder))
+    return {kind: ids[name] for kind, name in names.items() if name in ids}
 
 
-def save_tokenizer(tokenizer: Any, folder: Path, max_length: int) -> None:
-    """A folder, or a Tokenizer of `prompts` -> a folder that transformers 4 and 5 open.
+def save_tokenizer(tokenizer: Any, folder: Path, config: CLIPTextConfig) -> None:
+    """A folder, or a Tokenizer of `prompts` -> a folder that transformers 4 and 5 open, for this text encoder.
 
-    max_length: the text encoder's positions; a tokenizer that says more would have diffusers pad beyond them.
+    It pads with the token that the text encoder was trained with (OpenCLIP's 0, CLIP's end), and to its positions: a
+    tokenizer that says more would have diffusers pad beyond them.
     Raises CheckpointError where the folder holds no vocabulary.
     """
     if hasattr(tokenizer, "save"):
@@ -46,13 +48,24 @@ def save_tokenizer(tokenizer: Any, folder: Path, max_length: int) -> None:
         from sd_jax.prompts.tokenize import load_tokenizer
 
         load_tokenizer(Path(tokenizer)).save(folder)
-    config = _json(folder / "tokenizer_config.json")
-    if config.get("model_max_length", math.inf) > max_length:
-        config["model_max_length"] = max_length
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    settings = _json(folder / "tokenizer_config.json")
+    if settings.get("model_max_length", math.inf) > config.max_position_embeddings:
+        _write(folder / "tokenizer_config.json", {**settings, "model_max_length": config.max_position_embeddings})
+    _pad_with(folder, config.pad_token_id)
 
 
-def _vocabulary(folder: Path) -> dict[str, int]:
+def _pad_with(folder: Path, pad_token_id: int) -> None:
+    """Nothing changes where it does so already, or where its vocabulary has no such token."""
+    names = {number: name for name, number in vocabulary(folder).items()}
+    if special_ids(folder).get("pad_token") == pad_token_id or pad_token_id not in names:
+        return
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        _write(folder / file, {**_json(folder / file), "pad_token": names[pad_token_id]})
+
+
+def vocabulary(folder: str | os.PathLike) -> dict[str, int]:
+    """{token: id}, added ones included."""
+    folder = Path(folder)
     if (folder / "vocab.json").is_file():
         added = _json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
         return {**_json(folder / "vocab.json"), **added}
@@ -79,3 +92,7 @@ def _json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

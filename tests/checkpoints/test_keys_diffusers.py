@@ -1,12 +1,13 @@
 """diffusers' names <-> ours: examples, inverses, and the old spellings that are read."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from sd_jax.checkpoints import CheckpointError, keys_diffusers, layout
+from sd_jax.checkpoints import CheckpointError, keys_diffusers
 from sd_jax.checkpoints.tensors import lazy
-from sd_jax.models.presets import SD15
-from tests.checkpoints.tiny import SPEC, random_diffusers
+from tests.checkpoints.tiny import SPEC, SPECS, kinds_and_parts, random_diffusers
 
 EXAMPLES = [
     ("conv_in.weight", 4, "conv_in/kernel"),
@@ -36,6 +37,17 @@ EXAMPLES = [
     ),
     ("text_model.encoder.layers.0.layer_norm1.weight", 1, "text_model/encoder/layers_0/layer_norm1/scale"),
     ("text_model.final_layer_norm.bias", 1, "text_model/final_layer_norm/bias"),
+    ("text_projection.weight", 2, "text_projection/kernel"),
+    ("class_embedding.weight", 2, "class_embedding/embedding"),
+    ("add_embedding.linear_1.weight", 2, "add_embedding/linear_1/kernel"),
+    ("time_embedding.cond_proj.weight", 2, "time_embedding/cond_proj/kernel"),
+    (
+        "up_blocks.0.attentions.1.transformer_blocks.9.norm3.bias",
+        1,
+        "up_blocks_0/attentions_1/transformer_blocks_9/norm3/bias",
+    ),
+    ("encoder.layers.14.bias", 1, "encoder/layers_14/bias"),
+    ("decoder.layers.3.conv.4.weight", 4, "decoder/layers_3/conv_4/kernel"),
 ]
 
 
@@ -45,17 +57,10 @@ def test_names(theirs, ndim, ours):
     assert keys_diffusers.their_name(keys_diffusers.our_name(theirs, ndim)) == theirs
 
 
-@pytest.mark.parametrize("part", layout.PARTS)
-def test_names_of_sd15_are_one_to_one(part):
-    shapes = layout.LAYOUTS[part](getattr(SD15, part))
-    ours = {name: keys_diffusers.our_name(name, len(shape)) for name, shape in shapes.items()}
-    assert len(set(ours.values())) == len(shapes)
-    assert all(keys_diffusers.their_name(name) == theirs for theirs, name in ours.items())
-
-
-@pytest.mark.parametrize("part", layout.PARTS)
-def test_there_and_back_is_the_identity(part):
-    config, tensors = getattr(SPEC, part), random_diffusers(part)
+@pytest.mark.parametrize(("name", "part"), kinds_and_parts())
+def test_there_and_back_is_the_identity(name, part):
+    spec = SPECS[name]
+    config, tensors = getattr(spec, part), random_diffusers(part, spec)
     ours = keys_diffusers.from_diffusers(part, tensors, config, "test")
     back = keys_diffusers.to_diffusers(part, ours, config, "test")
     assert back.keys() == tensors.keys()
@@ -69,6 +74,11 @@ def test_layouts():
     conv, linear = tensors["conv_in.weight"].read(), tensors["time_embedding.linear_1.weight"].read()
     np.testing.assert_array_equal(ours["conv_in/kernel"].read()[2, 1, 3], conv[:, 3, 2, 1])  # OIHW -> HWIO
     np.testing.assert_array_equal(ours["time_embedding/linear_1/kernel"].read(), linear.T)
+    spec = SPECS["sd2_upscaler"]  # tables stay as they are
+    tensors = random_diffusers("unet", spec)
+    ours = keys_diffusers.from_diffusers("unet", tensors, spec.unet, "test")
+    table = tensors["class_embedding.weight"].read()
+    np.testing.assert_array_equal(ours["class_embedding/embedding"].read(), table)
 
 
 def test_old_names_of_vae_attention_are_read():
@@ -93,6 +103,21 @@ def test_text_encoders_with_and_without_their_prefix(prefix):
     file[f"{prefix}embeddings.position_ids"] = lazy(np.arange(77)[None])
     got = keys_diffusers.from_diffusers("text_encoder", file, SPEC.text_encoder, "test")
     assert got.keys() == keys_diffusers.from_diffusers("text_encoder", tensors, SPEC.text_encoder, "test").keys()
+
+
+def test_projections_of_text_encoders():
+    """Dropped where the model has no use for them, needed where it has."""
+    config = SPECS["sdxl"].text_encoder_2
+    tensors = random_diffusers("text_encoder_2", SPECS["sdxl"])
+    ours = keys_diffusers.from_diffusers("text_encoder_2", tensors, config, "test")
+    np.testing.assert_array_equal(
+        ours["text_projection/kernel"].read(), tensors["text_projection.weight"].read().transpose()
+    )
+    without = dataclasses.replace(config, projection_dim=None)
+    assert "text_projection/kernel" not in keys_diffusers.from_diffusers("text_encoder", tensors, without, "test")
+    del tensors["text_projection.weight"]
+    with pytest.raises(CheckpointError, match="not the second text encoder .* text_projection.weight is missing"):
+        keys_diffusers.from_diffusers("text_encoder_2", tensors, config, "test")
 
 
 def test_what_does_not_fit_raises():

@@ -1,5 +1,6 @@
-"""The lists of tensors: those that our modules initialise, and the known sizes of SD 1.5."""
+"""The lists of tensors: those that our modules initialise, those of the published models, and the known sizes of SD."""
 
+import dataclasses
 import math
 
 import jax
@@ -8,27 +9,50 @@ import pytest
 from flax import traverse_util
 
 from sd_jax.checkpoints import CheckpointError, keys_diffusers, layout
+from sd_jax.models.families import FAMILIES, SD15, SDXL, TAESD
 from sd_jax.models.networks import Networks
-from sd_jax.models.presets import SD15, SHAPES_64, TINY
+from sd_jax.models.presets import SHAPES_64, TINY
 from tests.checkpoints.tiny import shapes_only
+from tests.reference import diffusers
+
+MODELS = {"tiny": TINY, "shapes_64": SHAPES_64, **FAMILIES, "taesd": dataclasses.replace(SD15, vae=TAESD)}
 
 
-@pytest.mark.parametrize("part", layout.PARTS)
-@pytest.mark.parametrize("spec", [TINY, SHAPES_64, SD15], ids=["tiny", "shapes_64", "sd15"])
+def different_networks() -> list:
+    """Every network of MODELS, those of equal lists once."""
+    networks = {}
+    for name, spec in MODELS.items():
+        for part in spec.parts:
+            listed = tuple(layout.LAYOUTS[part](getattr(spec, part)).items())
+            networks.setdefault(listed, pytest.param(spec, part, id=f"{name}-{part}"))
+    return list(networks.values())
+
+
+@pytest.mark.parametrize(("spec", "part"), different_networks())
 def test_modules_initialise_what_the_layout_lists(spec, part):
+    """At true size, without a single weight, and names and shapes find their way back."""
     tree = jax.eval_shape(lambda key: Networks.of(spec).init(part, key), jax.random.key(0))
     ours = {name: leaf.shape for name, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
     config = getattr(spec, part)
-    listed = keys_diffusers.from_diffusers(part, shapes_only(layout.LAYOUTS[part](config)), config, "layout")
-    assert {name: tensor.shape for name, tensor in listed.items()} == ours
+    listed = layout.LAYOUTS[part](config)
+    mapped = keys_diffusers.from_diffusers(part, shapes_only(listed), config, "layout")
+    assert {name: tensor.shape for name, tensor in mapped.items()} == ours
+    back = keys_diffusers.to_diffusers(part, mapped, config, "layout")
+    assert {name: tensor.shape for name, tensor in back.items()} == listed
 
 
 @pytest.mark.parametrize(
-    ("part", "tensors", "parameters"),
-    [("unet", 686, 859_520_964), ("vae", 248, 83_653_863), ("text_encoder", 196, 123_060_480)],
+    ("spec", "part", "tensors", "parameters"),
+    [
+        (SD15, "unet", 686, 859_520_964),
+        (SD15, "vae", 248, 83_653_863),
+        (SD15, "text_encoder", 196, 123_060_480),
+        (SDXL, "unet", 1680, 2_567_463_684),
+        (SDXL, "text_encoder_2", 517, 694_659_840),
+    ],
 )
-def test_sizes_of_sd15(part, tensors, parameters):
-    shapes = layout.LAYOUTS[part](getattr(SD15, part))
+def test_known_sizes(spec, part, tensors, parameters):
+    shapes = layout.LAYOUTS[part](getattr(spec, part))
     assert (len(shapes), sum(math.prod(shape) for shape in shapes.values())) == (tensors, parameters)
 
 
@@ -51,3 +75,123 @@ def test_faults_are_listed_ten_at_most():
     assert "conv_in.extra is unexpected" in str(error.value)
     assert "conv_in.weight is (32, 36), not (32, 4, 3, 3)" in str(error.value)
     np.testing.assert_equal(len(few), 1 + len(layout.unet(TINY.unet)))
+
+
+# Parity with diffusers and transformers: their modules, of the published config.json files
+
+_ATTEND, _PLAIN = "CrossAttn{}Block2D", "{}Block2D"
+
+
+def _blocks(*attend: bool) -> dict:
+    kinds = [_ATTEND if cross else _PLAIN for cross in attend]
+    down, up = [kind.format("Down") for kind in kinds], [kind.format("Up") for kind in reversed(kinds)]
+    return {"down_block_types": down, "up_block_types": up}
+
+
+_SD1 = {
+    **_blocks(True, True, True, False),
+    "block_out_channels": [320, 640, 1280, 1280],
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+}
+_SD2 = {**_SD1, "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True}
+_X4 = {
+    **_blocks(False, True, True, True),
+    "in_channels": 7,
+    "block_out_channels": [256, 512, 512, 1024],
+    "attention_head_dim": 8,
+    "cross_attention_dim": 1024,
+    "only_cross_attention": [True, True, True, False],
+    "use_linear_projection": True,
+    "num_class_embeds": 1000,
+}
+_SDXL = {
+    **_blocks(False, True, True),
+    "block_out_channels": [320, 640, 1280],
+    "attention_head_dim": [5, 10, 20],
+    "transformer_layers_per_block": [1, 2, 10],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+_REFINER = {
+    **_SDXL,
+    **_blocks(False, True, True, False),
+    "block_out_channels": [384, 768, 1536, 1536],
+    "attention_head_dim": [6, 12, 24, 24],
+    "transformer_layers_per_block": 4,
+    "cross_attention_dim": 1280,
+    "projection_class_embeddings_input_dim": 2560,
+}
+_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
+_TAESD = {
+    "encoder_block_out_channels": [64, 64, 64, 64],
+    "decoder_block_out_channels": [64, 64, 64, 64],
+    "num_encoder_blocks": [1, 3, 3, 3],
+    "num_decoder_blocks": [3, 3, 3, 1],
+}
+_CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "projection_dim": 768}
+_OPENCLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "projection_dim": 512}
+_OPENCLIP_BIGG = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "projection_dim": 1280}
+
+_LINE_1 = {"vae": _VAE, "text_encoder": _CLIP_L}
+_LINE_2 = {"vae": _VAE, "text_encoder": _OPENCLIP_H}
+_LINE_XL = {"vae": _VAE, "text_encoder": _CLIP_L, "text_encoder_2": _OPENCLIP_BIGG}
+PUBLISHED = {
+    "sd15": {"unet": _SD1, **_LINE_1},
+    "sd15_inpainting": {"unet": {**_SD1, "in_channels": 9}, **_LINE_1},
+    "sd15_lcm": {"unet": {**_SD1, "time_cond_proj_dim": 256}, **_LINE_1},
+    "sd2_base": {"unet": _SD2, **_LINE_2},
+    "sd2_v": {"unet": {**_SD2, "sample_size": 96}, **_LINE_2},
+    "sd2_inpainting": {"unet": {**_SD2, "in_channels": 9}, **_LINE_2},
+    "sd2_depth": {"unet": {**_SD2, "in_channels": 5}, **_LINE_2},
+    "sd_x4_upscaler": {"unet": _X4, **_LINE_2, "vae": {**_VAE, "block_out_channels": [128, 256, 512]}},
+    "sdxl": {"unet": _SDXL, **_LINE_XL},
+    "sdxl_turbo": {"unet": {**_SDXL, "sample_size": 64}, **_LINE_XL},
+    "sdxl_inpainting": {"unet": {**_SDXL, "in_channels": 9}, **_LINE_XL},
+    "sdxl_lcm": {"unet": {**_SDXL, "time_cond_proj_dim": 256}, **_LINE_XL},
+    "sdxl_refiner": {"unet": _REFINER, "vae": _VAE, "text_encoder_2": _OPENCLIP_BIGG},
+    "taesd": {"unet": _SD1, "text_encoder": _CLIP_L, "vae": _TAESD},
+}
+
+
+def shapes_of(part: str, config: dict) -> dict:
+    """Of a torch module that is built without memory."""
+    library = diffusers()
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        if part == "unet":
+            module = library.UNet2DConditionModel(**config)
+        elif part == "vae" and "encoder_block_out_channels" in config:
+            module = library.AutoencoderTiny(**config)
+        elif part == "vae":
+            levels = len(config["block_out_channels"])
+            types = {
+                "down_block_types": ["DownEncoderBlock2D"] * levels,
+                "up_block_types": ["UpDecoderBlock2D"] * levels,
+            }
+            module = library.AutoencoderKL(**config, **types)
+        else:
+            kind = "CLIPTextModel" if part == "text_encoder" else "CLIPTextModelWithProjection"
+            module = getattr(transformers, kind)(transformers.CLIPTextConfig(**config))
+    names = module.state_dict()
+    if part == "text_encoder":  # transformers 5 has a level less inside CLIPTextModel than in its files
+        names = {name if name.startswith("text_model.") else f"text_model.{name}": t for name, t in names.items()}
+    return {name: tuple(tensor.shape) for name, tensor in names.items()}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_layout_is_that_of_the_published_model(name):
+    spec = MODELS[name]
+    assert tuple(sorted(PUBLISHED[name])) == tuple(sorted(spec.parts))
+    for part, config in PUBLISHED[name].items():
+        assert layout.LAYOUTS[part](getattr(spec, part)) == shapes_of(part, config), part
+
+
+def test_every_family_has_its_published_config():
+    assert set(PUBLISHED) == {*FAMILIES, "taesd"}

@@ -1,6 +1,8 @@
 """Every form there and back, on disk: values, config, tokenizer; and what happens to what was there."""
 
 import dataclasses
+import datetime
+import hashlib
 import json
 import resource
 from contextlib import contextmanager
@@ -10,11 +12,15 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from sd_jax.checkpoints import CheckpointError, read
+from sd_jax.checkpoints import CheckpointError, read, save_diffusers, save_single_file
 from sd_jax.checkpoints.load import load_checkpoint, open_checkpoint
 from sd_jax.checkpoints.save import save_checkpoint
 from sd_jax.checkpoints.tensors import dtype_of
-from tests.checkpoints.tiny import SPEC, assert_same, compvis_file, random_params
+from sd_jax.checkpoints.tokenizer_files import special_ids
+from sd_jax.models.families import FAMILIES, SD2_BASE
+from sd_jax.models.presets import TinyVAEConfig
+from sd_jax.prompts.tokenize import load_tokenizer
+from tests.checkpoints.tiny import SPEC, SPECS, assert_same, compvis_file, random_params
 
 FORMATS = {"diffusers": "model", "single_file": "model.safetensors", "native": "model"}
 
@@ -46,18 +52,69 @@ def test_there_and_back(tmp_path, params, tokenizer, format):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]  # nothing is left beside it
 
 
+def cast(params, dtype):
+    flat = traverse_util.flatten_dict(params)
+    return traverse_util.unflatten_dict({name: leaf.astype(dtype_of(dtype)) for name, leaf in flat.items()})
+
+
 @pytest.mark.parametrize(
     ("format", "dtype"),
-    [("diffusers", "float16"), ("diffusers", "bfloat16"), ("single_file", "bfloat16"), ("native", "float16")],
+    [("diffusers", "float16"), ("single_file", "bfloat16"), ("native", "float16")],
 )
 def test_half_precision(tmp_path, params, tokenizer, format, dtype):
     path = tmp_path / FORMATS[format]
     save_checkpoint(path, SPEC, params, tokenizer, format=format, dtype=dtype)
-    cast = lambda tree, to: traverse_util.unflatten_dict(  # noqa: E731
-        {name: leaf.astype(dtype_of(to)) for name, leaf in traverse_util.flatten_dict(tree).items()}
-    )
     assert_same(load_checkpoint(path).params, cast(params, dtype))
     assert_same(load_checkpoint(path, dtype="float32").params, cast(cast(params, dtype), "float32"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("sd1_lcm", "float32"),
+        ("sd2", "float16"),
+        ("sd2_upscaler", "bfloat16"),
+        ("sdxl", "float16"),
+        ("sdxl_refiner", "bfloat16"),
+    ],
+)
+def test_file_to_folder_to_file(tmp_path, tokenizer, kind, dtype):
+    """Every kind, to the bit; without anything but what the first file holds."""
+    spec, params = SPECS[kind], random_params(SPECS[kind])
+    first, folder, last = tmp_path / "a.safetensors", tmp_path / "b", tmp_path / "c.safetensors"
+    save_checkpoint(first, spec, params, format="single_file", dtype=dtype)
+    from_file = open_checkpoint(first)
+    assert from_file.spec == spec
+    save_checkpoint(folder, from_file.spec, from_file.params, tokenizer)
+    from_folder = open_checkpoint(folder)
+    assert from_folder.spec == spec
+    assert_same(from_folder.params, cast(params, dtype))
+    save_checkpoint(last, from_folder.spec, from_folder.params, format="single_file")
+    assert_same(read(last), read(first))
+
+
+def test_native_with_two_text_encoders(tmp_path, tokenizer):
+    params = random_params(SPECS["sdxl"])
+    save_checkpoint(tmp_path / "a", SPECS["sdxl"], params, tokenizer, format="native")
+    loaded = load_checkpoint(tmp_path / "a")
+    assert loaded.spec == SPECS["sdxl"]
+    assert_same(loaded.params, params)
+
+
+def test_a_last_layer_that_is_not_read(tmp_path, tokenizer):
+    """SD 2's files have one, and a projection, and keep them; its folders end with the layer that is read."""
+    spec, params = SPECS["sd2_file"], random_params(SPECS["sd2_file"])
+    save_checkpoint(tmp_path / "a.safetensors", spec, params, format="single_file")
+    loaded = load_checkpoint(tmp_path / "a.safetensors")
+    assert loaded.spec == spec
+    assert_same(loaded.params, params)
+    save_checkpoint(tmp_path / "b", spec, params, tokenizer)
+    loaded = load_checkpoint(tmp_path / "b")
+    read_layers = {"num_hidden_layers": 2, "clip_skip": 1, "projection_dim": None}
+    assert loaded.spec == dataclasses.replace(spec, text_encoder=dataclasses.replace(spec.text_encoder, **read_layers))
+    kept = dict(params["text_encoder"]["text_model"])
+    kept["encoder"] = {name: layer for name, layer in kept["encoder"].items() if name != "layers_2"}
+    assert_same(loaded.params, {**params, "text_encoder": {"text_model": kept}})
 
 
 def test_all_forms_in_a_row(tmp_path, params, tokenizer):
@@ -124,10 +181,143 @@ def test_what_cannot_be_saved(tmp_path, params, tokenizer):
         (dict(params=params, tokenizer=tokenizer, format="onnx"), ValueError, "format='onnx' is not one of diffusers"),
         (dict(params=params, format="single_file"), ValueError, r"is called \*\.safetensors"),
         (dict(params={**params, "unet": params["vae"]}, tokenizer=tokenizer), CheckpointError, "not the U-Net"),
+        (dict(params={**params, "text_encoder_2": {}}, tokenizer=tokenizer), CheckpointError, "of no second text enc"),
     ]:
         with pytest.raises(error, match=said):
             save_checkpoint(tmp_path / "model", SPEC, **arguments)
         assert not list(tmp_path.iterdir())
+    without = {"vae": params["vae"]}
+    with pytest.raises(CheckpointError, match=r"cannot write .*a\.safetensors: the model has no U-Net"):
+        save_checkpoint(tmp_path / "a.safetensors", SPEC, without, format="single_file")
+
+
+def text_encoder_reads(part, **how):
+    spec = SPECS["sdxl"] if part == "text_encoder_2" else SPECS["sd2"]
+    return dataclasses.replace(spec, **{part: dataclasses.replace(getattr(spec, part), **how)})
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (
+            text_encoder_reads("text_encoder_2", clip_skip=1),
+            r"text_encoder_2 with clip_skip, context_norm \(1, False\)",
+        ),
+        (text_encoder_reads("text_encoder", clip_skip=2, context_norm=False), "text_encoder with context_norm=False"),
+    ],
+)
+def test_what_no_pipeline_of_diffusers_reads(tmp_path, tokenizer, spec, said):
+    with pytest.raises(CheckpointError, match=said):
+        save_checkpoint(tmp_path / "model", spec, random_params(spec), tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_that_are_not_whole(tmp_path, tokenizer):
+    params = random_params(SPECS["sdxl"])
+    some = {part: params[part] for part in ("unet", "text_encoder_2")}
+    save_checkpoint(tmp_path / "a.safetensors", SPECS["sdxl"], some, format="single_file")
+    assert_same(load_checkpoint(tmp_path / "a.safetensors").params, some)
+    some = {part: params[part] for part in ("unet", "vae")}
+    save_checkpoint(tmp_path / "b", SPECS["sdxl"], some)  # nothing in it needs a tokenizer
+    index = json.loads((tmp_path / "b" / "model_index.json").read_text())
+    assert index["text_encoder"] == index["tokenizer_2"] == [None, None] and index["unet"][0] == "diffusers"
+    assert_same(load_checkpoint(tmp_path / "b").params, some)
+
+
+def test_tiny_vaes(tmp_path, tokenizer):
+    blocks = {"num_encoder_blocks": (1, 2), "num_decoder_blocks": (2, 1)}
+    vae = TinyVAEConfig(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), **blocks)
+    spec = dataclasses.replace(SPEC, vae=vae)
+    params = random_params(spec)
+    save_checkpoint(tmp_path / "a", spec, params, tokenizer)
+    loaded = load_checkpoint(tmp_path / "a")
+    assert loaded.spec == spec
+    assert_same(loaded.params, params)
+    with pytest.raises(CheckpointError, match="no place for a tiny VAE: write a diffusers folder instead"):
+        save_checkpoint(tmp_path / "a.safetensors", spec, params, format="single_file")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def with_schedule(spec, **changes):
+    return dataclasses.replace(spec, noise_schedule=dataclasses.replace(spec.noise_schedule, **changes))
+
+
+V = {"prediction_type": "v_prediction"}
+ZERO_SNR = {**V, "rescale_betas_zero_snr": True}
+HEADERS = {  # architecture, resolution, empty tensors
+    "sd15": (FAMILIES["sd15"], "v1", "512x512", []),
+    "sd15 v": (with_schedule(FAMILIES["sd15"], **ZERO_SNR), "v1", "512x512", ["v_pred", "ztsnr"]),
+    "sd15_inpainting": (FAMILIES["sd15_inpainting"], "v1/inpaint", "512x512", []),
+    "sd2_base": (SD2_BASE, "v2-512", "512x512", []),
+    "sd2_v": (FAMILIES["sd2_v"], "v2-768-v", "768x768", []),
+    "sd2_v zero": (with_schedule(FAMILIES["sd2_v"], **ZERO_SNR), "v2-768-v", "768x768", ["ztsnr"]),
+    "sd2_inpainting": (FAMILIES["sd2_inpainting"], "v2-inpainting", "512x512", []),
+    "sd2_depth": (FAMILIES["sd2_depth"], "v2-depth", "512x512", []),
+    "sd_x4_upscaler": (FAMILIES["sd_x4_upscaler"], "x4-upscaler", "512x512", []),
+    "sdxl": (FAMILIES["sdxl"], "xl-v1-base", "1024x1024", []),
+    "sdxl v": (with_schedule(FAMILIES["sdxl"], **V), "xl-v1-base", "1024x1024", ["v_pred"]),
+    "sdxl_inpainting": (FAMILIES["sdxl_inpainting"], "xl-v1-base/inpaint", "1024x1024", []),
+    "sdxl_refiner": (FAMILIES["sdxl_refiner"], "xl-v1-refiner", "1024x1024", []),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_what_headers_say(name):
+    spec, architecture, resolution, marks = HEADERS[name]
+    said = save_single_file.modelspec(spec, "a title")
+    assert said["modelspec.architecture"] == f"stable-diffusion-{architecture}"
+    assert said["modelspec.resolution"] == resolution and said["modelspec.title"] == "a title"
+    is_v = spec.noise_schedule.prediction_type == "v_prediction"
+    assert said["modelspec.prediction_type"] == ("v" if is_v else "epsilon")
+    assert save_single_file.marks(spec) == marks
+
+
+def test_headers_on_disk(tmp_path):
+    spec = with_schedule(SPECS["sdxl"], **ZERO_SNR)
+    file = tmp_path / "My model.safetensors"
+    save_checkpoint(file, spec, random_params(spec), format="single_file", dtype="float16")
+    raw = file.read_bytes()
+    begin = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:begin])
+    said = header["__metadata__"]
+    assert said["modelspec.hash_sha256"] == "0x" + hashlib.sha256(raw[begin:]).hexdigest()
+    assert said["modelspec.sai_model_spec"] == "1.0.0" and said["modelspec.title"] == "My model"
+    assert datetime.date.fromisoformat(said["modelspec.date"]) <= datetime.datetime.now(datetime.UTC).date()
+    for mark in ("v_pred", "ztsnr"):
+        assert header[mark]["shape"] == [0]
+    loaded = load_checkpoint(file)
+    assert loaded.spec == spec
+
+
+def test_tokenizers_pad_as_their_text_encoders_do(tmp_path, tokenizer):
+    """One tokenizer is given, whose padding is its end; OpenCLIP pads with 0."""
+    save_checkpoint(tmp_path / "a", SPECS["sdxl"], random_params(SPECS["sdxl"]), tokenizer)
+    pads = {name: special_ids(tmp_path / "a" / name)["pad_token"] for name in ("tokenizer", "tokenizer_2")}
+    assert pads == {"tokenizer": SPEC.text_encoder.eos_token_id, "tokenizer_2": 0}
+    save_checkpoint(tmp_path / "b", SPECS["sd2"], random_params(SPECS["sd2"]), load_tokenizer(tokenizer))
+    assert load_tokenizer(tmp_path / "b" / "tokenizer").pad_token_id == 0
+    save_checkpoint(tmp_path / "c", SPECS["sdxl_refiner"], random_params(SPECS["sdxl_refiner"]), tokenizer)
+    assert not (tmp_path / "c" / "tokenizer").exists() and special_ids(tmp_path / "c" / "tokenizer_2")["pad_token"] == 0
+
+
+PIPELINES = {
+    "sd15": "StableDiffusionPipeline",
+    "sd15_inpainting": "StableDiffusionInpaintPipeline",
+    "sd2_v": "StableDiffusionPipeline",
+    "sd2_depth": "StableDiffusionDepth2ImgPipeline",
+    "sd_x4_upscaler": "StableDiffusionUpscalePipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sdxl_inpainting": "StableDiffusionXLInpaintPipeline",
+    "sdxl_refiner": "StableDiffusionXLImg2ImgPipeline",
+}
+
+
+@pytest.mark.parametrize("model", PIPELINES)
+def test_which_pipeline_a_folder_is_of(model):
+    index = save_diffusers.index_of(FAMILIES[model])
+    assert index["_class_name"] == PIPELINES[model]
+    assert index.get("force_zeros_for_empty_prompt", False) == (model in ("sdxl", "sdxl_inpainting"))
+    assert index.get("requires_aesthetics_score", False) == (model == "sdxl_refiner")
 
 
 def test_pooled_text_beside_the_timestep(tmp_path, tokenizer):
