@@ -3,14 +3,17 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 
+import numpy as np
 import pytest
 
 from sd_jax.checkpoints import read
-from sd_jax.checkpoints.convert import main
+from sd_jax.checkpoints.convert import convert, main
 from sd_jax.checkpoints.load import load_checkpoint
+from sd_jax.checkpoints.read_safetensors import open_file, write
 from sd_jax.checkpoints.save import save_checkpoint
-from tests.checkpoints.tiny import SPEC, assert_same
+from tests.checkpoints.tiny import SPEC, SPECS, assert_same, compvis_file, random_params
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +21,10 @@ def folder(tmp_path_factory, params, tokenizer):
     path = tmp_path_factory.mktemp("convert") / "folder"
     save_checkpoint(path, SPEC, params, tokenizer)
     return str(path)
+
+
+def header(spec) -> dict[str, str]:
+    return {"sd_jax.spec": json.dumps(spec.to_dict())}
 
 
 def test_through_every_form(tmp_path, params, tokenizer, folder, capsys):
@@ -32,6 +39,28 @@ def test_through_every_form(tmp_path, params, tokenizer, folder, capsys):
         assert_same(loaded.params, params)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in SPECS if kind not in ("sd1", "sd2_file")])  # the latter: one way
+def test_every_family_from_file_to_folder_and_back(tmp_path, tokenizer, kind):
+    spec, file, out = SPECS[kind], tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    tensors = compvis_file(spec)
+    write(file, tensors, header(spec))
+    convert(file, tmp_path / "folder", tokenizer=str(tokenizer))
+    opened = convert(tmp_path / "folder", out)
+    assert opened.spec.unet == spec.unet
+    assert_same({name: array for name, array in read(out).items() if array.size}, tensors)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("legacy", [False, True])
+def test_from_a_pickled_file(tmp_path, legacy):
+    torch = pytest.importorskip("torch")
+    tensors = compvis_file()
+    state = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=not legacy)
+    convert(tmp_path / "a.ckpt", tmp_path / "b.safetensors", config=SPEC)
+    assert_same({name: array for name, array in read(tmp_path / "b.safetensors").items() if array.size}, tensors)
+
+
 def test_options(tmp_path, folder):
     target = tmp_path / "half"
     assert main([folder, str(target), "--dtype=bfloat16"]) == 0
@@ -39,6 +68,46 @@ def test_options(tmp_path, folder):
         "bfloat16"
     }
     assert json.loads((target / "text_encoder" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_what_the_file_does_not_say_is_given(tmp_path, folder, tokenizer, capsys):
+    bare, out = str(tmp_path / "bare.safetensors"), str(tmp_path / "out.safetensors")
+    write(bare, compvis_file())  # its heads and groups are not those of the family
+    assert main([bare, out, f"--config={folder}", "--prediction_type=v_prediction"]) == 0
+    assert "prediction type v_prediction: said by prediction_type=" in capsys.readouterr().out
+    opened = load_checkpoint(out)
+    assert opened.spec.unet == SPEC.unet and opened.spec.noise_schedule.prediction_type == "v_prediction"
+    assert main([bare, out, f"--config={folder}", "--prediction_type=noise", "--overwrite"]) == 1
+    assert "prediction_type='noise' is not one of" in capsys.readouterr().err
+
+
+def test_parts_are_lacking_or_taken_from_elsewhere(tmp_path, params):
+    unet, out, whole = (tmp_path / f"{name}.safetensors" for name in ("unet", "out", "whole"))
+    write(unet, compvis_file(parts=("unet",)), header(SPEC))
+    convert(unet, out)
+    assert load_checkpoint(out).params.keys() == {"unet"}
+    save_checkpoint(whole, SPEC, other := random_params(seed=1), format="single_file")
+    assert main([str(unet), str(out), f"--vae={whole}", f"--text_encoder={whole}", "--overwrite"]) == 0
+    loaded = load_checkpoint(out)
+    assert_same(loaded.params, {**other, "unet": params["unet"]})
+
+
+def test_memory_is_that_of_a_few_tensors(tmp_path, tokenizer):
+    tensors = compvis_file()
+    name = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    rows = np.zeros((2**17, tensors[name].shape[1]), np.float32)  # 17 MB
+    many = {f"{name}": rows}
+    spec = SPEC.to_dict()
+    spec["text_encoder"]["vocab_size"] = len(rows)
+    write(tmp_path / "a.safetensors", tensors | many, {"sd_jax.spec": json.dumps(spec)})
+    tracemalloc.start()
+    try:
+        convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", dtype="float16")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert open_file(tmp_path / "b.safetensors").tensors[name].dtype == np.float16
+    assert peak < rows.nbytes  # half of it is written; with the whole of it in float32 besides it would be more
 
 
 def test_errors_are_one_line(tmp_path, folder, capsys):
