@@ -5,12 +5,12 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from sd_jax.checkpoints import components, keys_taesd
 from sd_jax.checkpoints.errors import CheckpointError
-from sd_jax.checkpoints.layout import PARTS
 from sd_jax.checkpoints.tensors import Tensor
+from sd_jax.models.presets import PARTS
 
 Tensors = Mapping[str, Tensor]
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def detect(path: str | os.PathLike) -> str:
@@ -20,11 +20,6 @@ def detect(path: str | os.PathLike) -> str:
     """
     path = Path(path)
     if path.is_file():
-        if path.suffix.lower() in _PICKLES:
-            raise CheckpointError(
-                f"{path}: {path.suffix} files are Python pickles, which are not read yet: save it as .safetensors "
-                "first, e.g. by `safetensors.torch.save_file(torch.load(path, weights_only=True)['state_dict'], out)`"
-            )
         return "single_file"
     if not path.is_dir():
         raise FileNotFoundError(f"no such checkpoint: {path} is neither a file nor a folder here")
@@ -63,14 +58,15 @@ def class_name(folder: Path) -> str:
 
 def family(tensors: Tensors) -> str:
     """The first row of `FAMILIES` that fits; "unknown" if none does."""
-    return next((name for name, (_, fits) in FAMILIES.items() if fits(tensors)), "unknown")
+    return next((name for name, (_, _, fits) in FAMILIES.items() if fits(tensors)), "unknown")
 
 
 def describe(tensors: Tensors) -> str:
-    """For messages: what a file that is not SD 1.x looks like."""
+    """For messages: what a file that is not opened looks like."""
     name = family(tensors)
     if name != "unknown":
-        return FAMILIES[name][0]
+        title, hint, _ = FAMILIES[name]
+        return title + hint
     some = ", ".join(list(tensors)[:3])
     return f"nothing that is known ({len(tensors)} tensors: {some}{', ...' if len(tensors) > 3 else ''})"
 
@@ -83,45 +79,67 @@ def _holds(*fragments: str) -> Callable[[Tensors], bool]:
     return lambda tensors: any(fragment in name for name in tensors for fragment in fragments)
 
 
+def _kind(name: str) -> Callable[[Tensors], bool]:
+    return lambda tensors: components.kind(tensors) == name
+
+
+def _network(network: str) -> Callable[[Tensors], bool]:
+    return lambda tensors: components.find_one(tensors, network) is not None
+
+
 _UNET = "model.diffusion_model."
-_CONTEXT = f"{_UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight"
-_PROJECTION = f"{_UNET}middle_block.1.proj_in.weight"  # a 1x1 convolution in SD 1, a linear since SD 2
-
-
-def _is_sd2(tensors: Tensors) -> bool:
-    return _starts("cond_stage_model.model.")(tensors) or (_PROJECTION in tensors and tensors[_PROJECTION].ndim == 2)
+_LORAS = (
+    "lora_unet_",
+    "lora_te",
+    ".lora_down.",
+    ".lora_up.",
+    ".lora_A.",
+    ".lora_B.",
+    "hada_w1",
+    "lokr_w",
+    "_lora.down.",
+)
+_WIDTHS = (768, 1024, 1280)  # of CLIP's states, and so of an embedding's rows
 
 
 def _is_embedding(tensors: Tensors) -> bool:
-    return len(tensors) <= 4 and bool({"emb_params", "clip_l", "clip_g", "string_to_param"} & set(tensors))
+    if len(tensors) == 1:  # diffusers calls the one tensor as the word that it teaches
+        (tensor,) = tensors.values()
+        if tensor.ndim in (1, 2) and tensor.shape[-1] in _WIDTHS:
+            return True
+    return len(tensors) <= 4 and any(
+        name in ("emb_params", "clip_l", "clip_g") or name.startswith("string_to_param") for name in tensors
+    )
 
 
-# Family -> (what to call it, does it fit). In order: what SD 1.x shares names with comes before it.
-FAMILIES: dict[str, tuple[str, Callable[[Tensors], bool]]] = {
-    "lora": (
-        "a LoRA, not a whole model",
-        _holds("lora_unet_", "lora_te", ".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", "hada_w1", "lokr_w"),
+def _is_playground(tensors: Tensors) -> bool:
+    return {"edm_mean", "edm_std"} <= set(tensors) or _starts("edm_vpred.")(tensors)
+
+
+# Family -> (its title, what to add in a message, does it fit). What shares names with another comes before it.
+FAMILIES: dict[str, tuple[str, str, Callable[[Tensors], bool]]] = {
+    "lora": ("LoRA", ", not a whole model", _holds(*_LORAS)),
+    "embedding": ("textual inversion embedding", ", not a whole model", _is_embedding),
+    "adapter": ("IP-Adapter or T2I-Adapter", ", not a whole model", _starts("ip_adapter.", "image_proj.", "adapter.")),
+    "motion": ("motion module of AnimateDiff", ", not a whole model", _holds("motion_modules.")),
+    "controlnet": ("ControlNet", "", _holds("control_model.", "input_hint_block.", "controlnet_cond_embedding.")),
+    "flux": ("Flux", "", _starts("double_blocks.", f"{_UNET}double_blocks.")),
+    "sd3": ("Stable Diffusion 3", "", _starts("joint_blocks.", f"{_UNET}joint_blocks.")),
+    "edm": ("model of EDM (as Playground 2.5)", "", _is_playground),
+    "sdxl": ("Stable Diffusion XL base", "", _kind("sdxl")),
+    "sdxl_refiner": ("Stable Diffusion XL refiner", "", _kind("sdxl_refiner")),
+    "sd2": ("Stable Diffusion 2", "", _kind("sd2")),
+    "sd1": ("Stable Diffusion 1", "", _kind("sd1")),
+    "taesd": (
+        "half of a tiny VAE",
+        " (it can be given as vae=, its other half beside it)",
+        lambda tensors: keys_taesd.half_of(tensors) is not None,
     ),
-    "embedding": ("a textual inversion embedding, not a whole model", _is_embedding),
-    "adapter": ("an IP-Adapter or T2I-Adapter, not a whole model", _starts("ip_adapter.", "image_proj.", "adapter.")),
-    "motion": ("a motion module of AnimateDiff, not a whole model", _holds("motion_modules.")),
-    "controlnet": ("a ControlNet", _holds("control_model.", "input_hint_block.", "controlnet_cond_embedding.")),
-    "flux": ("Flux", _starts("double_blocks.", f"{_UNET}double_blocks.")),
-    "sd3": ("Stable Diffusion 3", _starts("joint_blocks.", f"{_UNET}joint_blocks.")),
-    "sdxl": ("Stable Diffusion XL", _starts("conditioner.embedders.1.", f"{_UNET}label_emb.")),
-    "sdxl_refiner": ("the Stable Diffusion XL refiner", _starts("conditioner.embedders.0.model.")),
-    "sd2": ("Stable Diffusion 2", _is_sd2),
-    "sd1": ("Stable Diffusion 1", lambda tensors: _CONTEXT in tensors or _starts(f"{_UNET}input_blocks.")(tensors)),
-    "vae": (
-        "a VAE alone, not a whole model (it can be given as vae=)",
-        lambda t: (
-            ("encoder.conv_in.weight" in t and "decoder.conv_in.weight" in t)
-            or ("first_stage_model.decoder.conv_in.weight" in t)
-        ),
-    ),
-    "text_encoder": ("a CLIP text encoder alone, not a whole model", _holds("embeddings.token_embedding.weight")),
-    "diffusers_part": (
-        "one network of a diffusers folder (give the folder), not a whole model",
-        _starts("down_blocks.", "unet.down_blocks."),
+    "averages": ("U-Net's averages alone", "", _starts("model_ema.diffusion_model")),
+    "vae": ("VAE", " alone, not a whole model (it can be given as vae=)", _network("vae")),
+    "text_encoder": (
+        "CLIP text encoder",
+        " alone, not a whole model (it can be given as text_encoder=)",
+        _network("text_encoder"),
     ),
 }

@@ -1,23 +1,33 @@
 """A path of any kind -> the spec of its model and its parameters, named and laid out as ours."""
 
 import dataclasses
-import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import traverse_util
 
-from sd_jax.checkpoints import config_json, detect, infer, keys_compvis, keys_diffusers, layout, native, tokenizer_files
+from sd_jax.checkpoints import (
+    detect,
+    float8,
+    folders,
+    hub,
+    keys_compvis,
+    keys_diffusers,
+    layout,
+    native,
+    place,
+    single_file,
+    tokenizer_files,
+)
+from sd_jax.checkpoints import prediction_type as predictions
 from sd_jax.checkpoints.errors import CheckpointError
-from sd_jax.checkpoints.read_safetensors import Contents, open_file, open_sharded
+from sd_jax.checkpoints.layout import Config
 from sd_jax.checkpoints.tensors import Tensor, dtype_of, lazy
-from sd_jax.models.presets import ModelSpec, VAEConfig
+from sd_jax.models.presets import PARTS, CLIPTextConfig, ModelSpec, TinyVAEConfig, VAEConfig
 from sd_jax.types import Params
-
-PARTS = layout.PARTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +35,12 @@ class Checkpoint:
     """An opened checkpoint. The spec of a part that `params` lacks means nothing."""
 
     spec: ModelSpec
-    params: Params  # {"unet", "vae", "text_encoder"} of NumPy arrays (or Tensors, from `open_checkpoint`)
+    params: Params  # {part: tree} of NumPy arrays (or Tensors, from `open_checkpoint`), the parts that are there
     tokenizer: str | None  # a folder, or what was given as tokenizer=; None = it carries none
     kind: str  # "native" | "diffusers" | "single_file"
     weights: str  # "ema" or "raw": what the U-Net is
     step: int | None = None  # optimiser steps, of a native one
+    notes: tuple[str, ...] = ()  # what was decided, and why: a line each
 
 
 def load_checkpoint(
@@ -37,17 +48,20 @@ def load_checkpoint(
     weights: str = "ema",  # "ema": averaged weights where there are any; "raw": those of the last step
     tokenizer: str | os.PathLike | None = None,  # a folder, or a name for `prompts`; None = the checkpoint's own
     vae: str | os.PathLike | None = None,  # another checkpoint, or a VAE alone, to take the autoencoder from
-    dtype: Any = None,  # of floats: "float32", "float16", "bfloat16"; None = as they are stored
+    dtype: Any = None,  # of floats: "float32", "float16", "bfloat16"; None = as they are stored (eight bits: float16)
+    config: Any = None,  # of a single file: a diffusers folder, a .yaml, a name of FAMILIES or a ModelSpec
+    prediction_type: str | None = None,  # what the U-Net predicts, whatever the checkpoint says; None = what it says
+    text_encoder: str | os.PathLike | Sequence[str | os.PathLike] | None = None,  # like vae; SDXL's two
 ) -> Checkpoint:
-    """Opens a workdir of ours, a diffusers folder or a single file, and reads it.
+    """Opens a workdir of ours, a diffusers folder, a single file or a name on the hub, and reads it.
 
-    A workdir whose run trained some parts only gives those; foreign checkpoints must be whole. Memory: one copy of the
-    model, in `dtype`, and one tensor more.
-    Raises FileNotFoundError, or CheckpointError naming the file and what is wrong with it.
+    Other parts than the U-Net may be missing; of a workdir, any. Memory: one copy of the model, in `dtype`, and one
+    tensor more.
+    Raises FileNotFoundError, or CheckpointError naming the file and what is wrong with it; a weight that is no finite
+    number, too.
     """
-    opened = open_checkpoint(path, weights, tokenizer, vae, dtype)
-    params = jax.tree.map(lambda tensor: tensor.read(), opened.params)
-    return dataclasses.replace(opened, params=params)
+    opened = open_checkpoint(path, weights, tokenizer, vae, dtype, config, prediction_type, text_encoder)
+    return dataclasses.replace(opened, params=place.gather(opened.params, where=path))
 
 
 def open_checkpoint(
@@ -56,6 +70,9 @@ def open_checkpoint(
     tokenizer: str | os.PathLike | None = None,
     vae: str | os.PathLike | None = None,
     dtype: Any = None,
+    config: Any = None,
+    prediction_type: str | None = None,
+    text_encoder: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
 ) -> Checkpoint:
     """Like `load_checkpoint`, but `params` holds Tensors: each is read when `np.asarray` asks for it.
 
@@ -63,168 +80,58 @@ def open_checkpoint(
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights={weights!r} is neither 'ema' nor 'raw'")
-    dtype = dtype_of(dtype)
+    dtype, predicts = dtype_of(dtype), predictions.checked(prediction_type)
+    path = hub.local(path, weights)
     kind = detect.detect(path)
-    opened = _OPEN[kind](Path(path), weights, dtype, () if vae is None else ("vae",))
+    if config is not None and kind != "single_file":
+        raise ValueError(f"config= is for single files, and {path} is a folder, which says its own: leave it out")
+    without = ("vae",) * (vae is not None) + ("text_encoder", "text_encoder_2") * (text_encoder is not None)
+    opened, own = _OPEN[kind](path, weights, dtype, config, predicts, without)
     if vae is not None:
-        config, tensors = open_vae(vae)
-        opened = dataclasses.replace(
-            opened,
-            spec=dataclasses.replace(opened.spec, vae=config),
-            params={**opened.params, "vae": traverse_util.unflatten_dict(tensors, sep="/")},
-        )
+        given = open_vae(vae, opened.spec.vae.scaling_factor)
+        opened = _with_part(opened, "vae", *given)
+    if text_encoder is not None:
+        opened, own = _with_text_encoders(opened, text_encoder, path), {}
     if tokenizer is not None:
+        own = {}
         opened = dataclasses.replace(opened, tokenizer=os.fspath(tokenizer))
-    opened = dataclasses.replace(opened, spec=_with_tokenizer(opened, path))
-    _check_together(opened, path)
+    opened = dataclasses.replace(opened, spec=_with_tokenizers(opened, own, path))
+    check_together(opened.spec, opened.params, path)
     flat = traverse_util.flatten_dict(opened.params, sep="/")
-    cast = {name: tensor.cast(dtype, f"{path}: {name}") for name, tensor in flat.items()}
+    cast = {name: float8.widened(tensor, dtype, f"{path}: {name}") for name, tensor in flat.items()}
     return dataclasses.replace(opened, params=traverse_util.unflatten_dict(cast, sep="/"))
 
 
-def open_vae(path: str | os.PathLike) -> tuple[VAEConfig, dict[str, Tensor]]:
-    """The autoencoder of any checkpoint, or of a file or folder that holds nothing else."""
-    path = Path(path)
-    if path.is_dir() and detect.class_name(path) == "AutoencoderKL":
-        return _component(path, "vae", "ema")
-    if path.is_file() and detect.detect(path) == "single_file":
-        contents = open_file(path)
-        if "encoder.down_blocks.0.resnets.0.conv1.weight" in contents.tensors:  # diffusers' names need its config
-            if not (path.parent / "config.json").is_file():
-                raise CheckpointError(f"{path}: a VAE of a diffusers folder, without the config.json beside it")
-            return _component(path.parent, "vae", "ema")
-        if "encoder.conv_in.weight" in contents.tensors:
-            prefix = keys_compvis.PREFIXES["vae"]
-            contents = Contents({prefix + name: t for name, t in contents.tensors.items()}, contents.metadata)
-        spec, found = _from_compvis(contents, path, "raw", only="vae")
-        return spec.vae, found["vae"]
-    opened = _OPEN[detect.detect(path)](path, "ema", None, tuple(part for part in PARTS if part != "vae"))
-    if "vae" not in opened.params:
-        raise CheckpointError(f"{path}: vae= is given a checkpoint without a VAE")
-    return opened.spec.vae, traverse_util.flatten_dict(opened.params["vae"], sep="/")
+def _nested(parts: dict[str, dict[str, Tensor]]) -> Params:
+    return {part: traverse_util.unflatten_dict(parts[part], sep="/") for part in PARTS if part in parts}
 
 
-# Single files
+def _with_part(opened: Checkpoint, part: str, config: Config, tensors: dict[str, Tensor]) -> Checkpoint:
+    spec = dataclasses.replace(opened.spec, **{part: config})
+    return dataclasses.replace(opened, spec=spec, params={**opened.params, **_nested({part: tensors})})
 
 
-def _open_single_file(path: Path, weights: str, dtype: np.dtype | None, without: tuple[str, ...]) -> Checkpoint:
-    contents = open_file(path)
-    if detect.family(contents.tensors) != "sd1":
-        raise CheckpointError(
-            f"{path} looks like {detect.describe(contents.tensors)}: only Stable Diffusion 1.x is opened"
-        )
-    spec, found = _from_compvis(contents, path, weights, without=without)
-    for part in PARTS:
-        if part not in found and part not in without:
-            mend = ": give another checkpoint's as vae=" if part == "vae" else ": only whole checkpoints are opened"
-            raise CheckpointError(f"{path} has no {layout.NAMES[part]} ({keys_compvis.PREFIXES[part]}*){mend}")
-    used = weights if any(name.startswith("model_ema.") for name in contents.tensors) else "raw"
-    params = {part: traverse_util.unflatten_dict(found[part], sep="/") for part in PARTS if part in found}
-    return Checkpoint(spec, params, None, "single_file", used)
+# The three forms: -> what is in it, and the folders of its tokenizers by the text encoder that they are for
 
 
-def _from_compvis(
-    contents: Contents, path: Path, weights: str, only: str | None = None, without: tuple[str, ...] = ()
-) -> tuple[ModelSpec, dict[str, dict[str, Tensor]]]:
-    """-> spec, {part: {our name: Tensor}}, of the parts asked for that are there."""
-    where = str(path)
-    parts = keys_compvis.split(contents.tensors, where, weights)
-    parts = {part: t for part, t in parts.items() if part not in without and only in (None, part)}
-    if only is not None and only not in parts:
-        raise CheckpointError(f"{path} has no {layout.NAMES[only]}: it looks like {detect.describe(contents.tensors)}")
-    spec = infer.infer(parts, contents.metadata, where)
-    marks = {"v_pred": {"prediction_type": "v_prediction"}, "ztsnr": {"rescale_betas_zero_snr": True}}
-    for mark, meaning in marks.items():  # empty tensors, of which only the name says something
-        if mark in contents.tensors:
-            spec = dataclasses.replace(spec, noise_schedule=dataclasses.replace(spec.noise_schedule, **meaning))
-    found = {}
-    for part, tensors in parts.items():
-        config = getattr(spec, part)
-        theirs = keys_compvis.to_diffusers(part, tensors, config, where)
-        found[part] = keys_diffusers.from_diffusers(part, theirs, config, where)
-    return spec, found
+def _open_single_file(path, weights, dtype, config, predicts, without) -> tuple[Checkpoint, dict[str, Path]]:
+    contents = single_file.contents_of(path)
+    found = single_file.open_model(path, contents, weights, single_file.config_of(config), predicts, without)
+    notes = (predictions.note(found.spec.noise_schedule, found.reason),)
+    return Checkpoint(found.spec, _nested(found.parts), None, "single_file", found.weights, notes=notes), {}
 
 
-# Diffusers folders
-
-_FROM_JSON = {
-    "unet": config_json.unet_from_json,
-    "vae": config_json.vae_from_json,
-    "text_encoder": config_json.text_encoder_from_json,
-}
-_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-
-
-def _open_diffusers(path: Path, weights: str, dtype: np.dtype | None, without: tuple[str, ...]) -> Checkpoint:
-    _refuse_other_pipelines(path)
-    configs, params = {}, {}
-    for part in PARTS:
-        if part not in without:
-            configs[part], flat = _component(path / part, part, weights)
-            params[part] = traverse_util.unflatten_dict(flat, sep="/")
-    schedule = path / "scheduler" / "scheduler_config.json"
-    if schedule.is_file():
-        configs["noise_schedule"] = config_json.noise_schedule_from_json(_json(schedule), str(schedule))
-    tokenizer = path / "tokenizer"
-    found = str(tokenizer) if tokenizer_files.is_tokenizer(tokenizer) else None
-    return Checkpoint(ModelSpec(**configs), params, found, "diffusers", weights)
+def _open_diffusers(path, weights, dtype, config, predicts, without) -> tuple[Checkpoint, dict[str, Path]]:
+    found = folders.open_folder(path, weights, without)
+    if "unet" not in found.parts:
+        raise CheckpointError(f"{path}: no U-Net here: there is no unet/ in it")
+    spec, reason = predictions.overridden(found.spec, predicts, found.reason)
+    tokenizer = next((str(folder) for folder in found.tokenizers.values()), None)
+    notes = (predictions.note(spec.noise_schedule, reason),)
+    return Checkpoint(spec, _nested(found.parts), tokenizer, "diffusers", weights, notes=notes), found.tokenizers
 
 
-def _refuse_other_pipelines(path: Path) -> None:
-    index = path / "model_index.json"
-    said = _json(index) if index.is_file() else {}
-    for extra in ("text_encoder_2", "transformer", "controlnet", "prior"):
-        if (said.get(extra) or [None])[0] or (path / extra).is_dir():
-            name = said.get("_class_name", "a pipeline")
-            raise CheckpointError(f"{path}: {name} with a {extra}/: only Stable Diffusion 1.x is opened")
-
-
-def _component(folder: Path, part: str, weights: str) -> tuple[Any, dict[str, Tensor]]:
-    """One network's folder -> its config and its tensors by our names."""
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise CheckpointError(f"{folder}: no {layout.NAMES[part]} here: its config.json is missing")
-    config = _FROM_JSON[part](_json(config_file), str(config_file))
-    file = _weights_file(folder, _STEMS[part], weights)
-    contents = open_sharded(file) if file.suffix == ".json" else open_file(file)
-    return config, keys_diffusers.from_diffusers(part, contents.tensors, config, str(file))
-
-
-def _weights_file(folder: Path, stem: str, weights: str) -> Path:
-    """The file or index of shards to read: the plain one, else a variant; `raw` prefers `non_ema`."""
-    variants = ["", "fp32", "fp16", "bf16", "ema"]
-    variants = ["non_ema", *variants] if weights == "raw" else [*variants, "non_ema"]
-    for variant in variants:
-        dotted = f".{variant}" if variant else ""
-        for name in (
-            f"{stem}{dotted}.safetensors",
-            f"{stem}.safetensors.index{dotted}.json",
-            f"{stem}{dotted}.safetensors.index.json",
-        ):
-            if (folder / name).is_file():
-                return folder / name
-    there = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".msgpack"))
-    if any(name.endswith(".bin") for name in there):
-        raise CheckpointError(
-            f"{folder}: only pickled weights ({there[0]}), which are not read: save as safetensors first"
-        )
-    raise CheckpointError(f"{folder}: no {stem}.safetensors in it" + (f", only {', '.join(there)}" if there else ""))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: not a table of settings")
-    return data
-
-
-# Ours
-
-
-def _open_native(path: Path, weights: str, dtype: np.dtype | None, without: tuple[str, ...]) -> Checkpoint:
+def _open_native(path, weights, dtype, config, predicts, without) -> tuple[Checkpoint, dict[str, Path]]:
     folder, step = detect.native_location(path)
     params, meta, step, used = native.read_params(folder, step, weights, dtype, without)
     try:
@@ -232,54 +139,144 @@ def _open_native(path: Path, weights: str, dtype: np.dtype | None, without: tupl
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / str(step)}: its meta is not that of a model ({error})") from error
     tokenizer = folder.parent / (meta.get("tokenizer") or "tokenizer")
-    found = str(tokenizer) if tokenizer_files.is_tokenizer(tokenizer) else None
+    own = {"text_encoder": tokenizer} if tokenizer_files.is_tokenizer(tokenizer) else {}
     params = jax.tree.map(lazy, {part: tree for part, tree in params.items() if part in PARTS})
     for part, tree in params.items():  # for its strictness
         flat = traverse_util.flatten_dict(tree, sep="/")
         keys_diffusers.to_diffusers(part, flat, getattr(spec, part), str(folder / str(step)))
-    return Checkpoint(spec, params, found, "native", used, step)
+    spec, reason = predictions.overridden(spec, predicts, "said by its own spec")
+    notes = (predictions.note(spec.noise_schedule, reason),)
+    return Checkpoint(spec, params, str(tokenizer) if own else None, "native", used, step, notes), own
 
 
 _OPEN = {"single_file": _open_single_file, "diffusers": _open_diffusers, "native": _open_native}
 
 
+# Parts from elsewhere
+
+
+def open_vae(
+    path: str | os.PathLike, scaling_factor: float = VAEConfig().scaling_factor
+) -> tuple[VAEConfig | TinyVAEConfig, dict[str, Tensor]]:
+    """The autoencoder of any checkpoint, or of a file or folder that holds nothing else.
+
+    scaling_factor: that of the model that it is for, where a VAE alone does not say its own.
+    """
+    path = hub.local(path)
+    if path.is_dir() and detect.class_name(path) in ("AutoencoderKL", "AutoencoderTiny"):
+        return folders.open_component(path, "vae", "ema")
+    if detect.detect(path) == "single_file":
+        contents = single_file.contents_of(path)
+        if detect.family(contents.tensors) in keys_compvis.PREFIXES:  # which has its family's factor
+            found = single_file.open_model(path, contents, "raw", without=[part for part in PARTS if part != "vae"])
+            given = (found.spec.vae, found.parts["vae"]) if "vae" in found.parts else None
+        else:
+            given = single_file.open_vae(path, contents, scaling_factor)
+        if given is None:
+            what = detect.describe(contents.tensors)
+            raise CheckpointError(f"{path} has no VAE, and vae= is to give one: it looks like {what}")
+        return given
+    without = tuple(part for part in PARTS if part != "vae")
+    spec, params = _parts_of(path, without)
+    if "vae" not in params:
+        raise CheckpointError(f"{path}: vae= is given a checkpoint without a VAE")
+    return spec.vae, traverse_util.flatten_dict(params["vae"], sep="/")
+
+
+def _parts_of(path: Path, without: tuple[str, ...]) -> tuple[ModelSpec, Params]:
+    """Of a folder, which need have no U-Net."""
+    if detect.detect(path) == "diffusers":
+        found = folders.open_folder(path, "ema", without)
+        return found.spec, _nested(found.parts)
+    opened, _ = _open_native(path, "ema", None, None, None, without)
+    return opened.spec, opened.params
+
+
+def _with_text_encoders(opened: Checkpoint, given: Any, path: Path) -> Checkpoint:
+    """text_encoder=: one path for each that the model has, or one checkpoint that has them all."""
+    kind, parts = keys_compvis.kind_of(opened.spec), tuple(opened.spec.text_encoders)
+    paths = [given] * len(parts) if isinstance(given, str | os.PathLike) else list(given)
+    if len(paths) != len(parts):
+        raise ValueError(
+            f"text_encoder= is {len(paths)} paths, and {path} has {len(parts)} text encoders ({', '.join(parts)})"
+        )
+    for part, source in zip(parts, paths, strict=True):
+        opened = _with_part(opened, part, *_open_text_encoder(hub.local(source), part, kind))
+    return opened
+
+
+def _open_text_encoder(path: Path, part: str, kind: str) -> tuple[CLIPTextConfig, dict[str, Tensor]]:
+    if path.is_dir() and detect.class_name(path).lower().startswith("clip"):
+        return folders.open_component(path, part, "ema", in_sdxl=kind == "sdxl")
+    if detect.detect(path) == "single_file":
+        contents = single_file.contents_of(path)
+        given = single_file.open_text_encoder(path, contents, part, kind)
+        if given is None:
+            what = detect.describe(contents.tensors)
+            raise CheckpointError(f"{path} has no text encoder, and text_encoder= is to give one: it looks like {what}")
+        return given
+    spec, params = _parts_of(path, tuple(p for p in PARTS if p != part))
+    if part not in params:
+        raise CheckpointError(f"{path}: text_encoder= is given a checkpoint without a {layout.NAMES[part]}")
+    return getattr(spec, part), traverse_util.flatten_dict(params[part], sep="/")
+
+
 # What the parts must have in common
 
 
-def _with_tokenizer(opened: Checkpoint, path: str | os.PathLike) -> ModelSpec:
-    """The text encoder's special ids are the tokenizer's own, where it is at hand."""
-    spec, text = opened.spec, opened.spec.text_encoder
-    if (
-        "text_encoder" not in opened.params
-        or not opened.tokenizer
-        or not tokenizer_files.is_tokenizer(opened.tokenizer)
-    ):
-        return spec
-    ids = tokenizer_files.special_ids(opened.tokenizer)
-    too_large = {kind: i for kind, i in ids.items() if i >= text.vocab_size}
-    if too_large:
-        kind, i = next(iter(too_large.items()))
-        raise CheckpointError(
-            f"{path}: the tokenizer {opened.tokenizer} is not this model's: its {kind} is {i}, "
-            f"and the text encoder knows {text.vocab_size} tokens"
-        )
-    eos = ids.get("eos_token", text.eos_token_id)
-    own = {"eos_token_id": eos, "pad_token_id": ids.get("pad_token", eos)}
-    return dataclasses.replace(spec, text_encoder=dataclasses.replace(text, **own))
+def _with_tokenizers(opened: Checkpoint, own: dict[str, Path], path: str | os.PathLike) -> ModelSpec:
+    """The text encoders' special ids are their tokenizers' own, where these are at hand.
+
+    A tokenizer that is not an encoder's own leaves it its padding, where that is not the end token: the vocabulary of
+    CLIP's and OpenCLIP's tokenizers is one and the same, but they pad with different ids.
+    """
+    spec = opened.spec
+    for part, text in opened.spec.text_encoders.items():
+        folder = own.get(part, opened.tokenizer)
+        if part not in opened.params or not folder or not tokenizer_files.is_tokenizer(folder):
+            continue
+        ids = tokenizer_files.special_ids(folder)
+        too_large = {kind: i for kind, i in ids.items() if i >= text.vocab_size}
+        if too_large:
+            kind, i = next(iter(too_large.items()))
+            raise CheckpointError(
+                f"{path}: the tokenizer {folder} is not this model's: its {kind} is {i}, "
+                f"and the text encoder knows {text.vocab_size} tokens"
+            )
+        eos = ids.get("eos_token", text.eos_token_id)
+        pad = ids.get("pad_token", eos)
+        if part not in own and text.pad_token_id != text.eos_token_id:
+            pad = text.pad_token_id
+        text = dataclasses.replace(text, eos_token_id=eos, pad_token_id=pad)
+        spec = dataclasses.replace(spec, **{part: text})
+    return spec
 
 
-def _check_together(opened: Checkpoint, path: str | os.PathLike) -> None:
-    spec, there = opened.spec, opened.params
-    latent = spec.vae.latent_channels
-    known = (latent, 2 * latent + 1)  # text to image; inpainting, which also sees a mask and a masked picture
-    if {"unet", "vae"} <= set(there) and spec.unet.in_channels not in known:
-        what = {8: " (an InstructPix2Pix model)"}.get(spec.unet.in_channels, "")
+def check_together(spec: ModelSpec, there: Params, path: str | os.PathLike, any_channels: bool = False) -> None:
+    """Raises CheckpointError where parts do not fit each other, or (not with any_channels) no job feeds the U-Net."""
+    if "unet" not in there:
+        return
+    unet, latent = spec.unet, spec.vae.latent_channels
+    # Latents alone; with a mask and a masked picture; with a map of depth; with a small picture, and its noise level
+    known = (latent, 2 * latent + 1, latent + 1, *((latent + 3,) if unet.num_class_embeds is not None else ()))
+    if "vae" in there and not any_channels and unet.in_channels not in known:
+        what = {8: " (an InstructPix2Pix model)"}.get(unet.in_channels, "")
         raise CheckpointError(
-            f"{path}: its U-Net takes {spec.unet.in_channels} channels{what} and its VAE has {latent}: only models for "
-            "text to image and for inpainting are opened"
+            f"{path}: its U-Net takes {unet.in_channels} channels{what} and its VAE has {latent}: only models for text "
+            "to image, inpainting, depth and 4-fold upscaling are opened"
         )
-    if {"unet", "text_encoder"} <= set(there) and spec.unet.cross_attention_dim != spec.text_encoder.hidden_size:
-        raise CheckpointError(
-            f"{path}: its U-Net reads states of width {spec.unet.cross_attention_dim} and its text encoder writes "
-            f"{spec.text_encoder.hidden_size}: they do not belong together"
-        )
+    texts = spec.text_encoders
+    if texts.keys() <= set(there):
+        written = sum(config.hidden_size for config in texts.values())
+        if unet.cross_attention_dim != written:
+            raise CheckpointError(
+                f"{path}: its U-Net reads states of width {unet.cross_attention_dim} and its text encoder writes "
+                f"{written}: they do not belong together"
+            )
+    if unet.addition_embed_type == "text_time" and "text_encoder_2" in there:
+        pooled, told = spec.text_encoder_2.projection_dim or 0, unet.projection_class_embeddings_input_dim
+        if told not in (pooled + 6 * unet.addition_time_embed_dim, pooled + 5 * unet.addition_time_embed_dim):
+            raise CheckpointError(
+                f"{path}: its U-Net is told {told} numbers, and its second text encoder's pooled state has {pooled}: "
+                "they do not belong together (are the two text encoders swapped?)"
+            )
