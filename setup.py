@@ -21,6 +21,7 @@ INSTALL_REQUIRES = [
     "tqdm>=4.66",  # progress bars; datasets and transformers bring it anyway
     "grain>=0.2.18",  # order, workers and exact resume of training data
     "tensorboardX>=2.6.5",  # TensorBoard events without TensorFlow or torch
+    "pyyaml>=6",  # the .yaml that A1111 keeps beside a checkpoint; transformers brings it anyway
     "jaxtyping>=0.3.11",  # shapes in signatures; checked only under the tests
 ]
 
