@@ -49,7 +49,7 @@ _X4_UNET = {
 }
 _V = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
-_FAMILIES = {  # name -> (pipeline, U-Net, scheduler, text encoders)
+FAMILIES = {  # name -> (pipeline, U-Net, scheduler, text encoders)
     "sd15": ("StableDiffusionPipeline", _SD1_UNET, {}, "l"),
     "sd15_inpainting": ("StableDiffusionInpaintPipeline", {**_SD1_UNET, "in_channels": 9}, {}, "l"),
     "sd15_lcm": ("StableDiffusionPipeline", {**_SD1_UNET, "time_cond_proj_dim": 16}, {}, "l"),
@@ -84,7 +84,7 @@ def tiny_family(name: str, folder: str | Path):
     Latents are 8x8 of 32x32 pixels (f4). Skips the test where torch, diffusers or transformers is not installed.
     """
     library = diffusers()
-    pipeline_name, unet_config, scheduler_config, encoders = _FAMILIES[name]
+    pipeline_name, unet_config, scheduler_config, encoders = FAMILIES[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import CLIPTokenizer

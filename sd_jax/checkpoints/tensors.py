@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 import ml_dtypes
@@ -89,14 +89,33 @@ def lazy(array: Any) -> Tensor:
 
 
 def stored(path: str | os.PathLike, name: str, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> Tensor:
-    """An array in C order, from byte `offset` of a file on. Raises CheckpointError, once read, where the file ends."""
-    where = (path, name, shape, dtype, offset)
+    """An array in C order, from byte `offset` of a file on.
+
+    Raises CheckpointError, once read, where the file ends, or is no longer the one that it was.
+    """
+    return _stored(path, name, shape, dtype, offset, stamp_of(path))
+
+
+def stamp_of(path: str | os.PathLike | int) -> tuple[int, int, int]:
+    """What changes where a file (or that of a descriptor) is written or replaced."""
+    stat = os.stat(path)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def check_unchanged(file: BinaryIO, path: str | os.PathLike, stamp: tuple[int, int, int]) -> None:
+    """Raises CheckpointError where an opened file is not the one that it was when its tensors were listed."""
+    if stamp_of(file.fileno()) != stamp:
+        raise CheckpointError(f"{path}: changed since it was opened: load it again")
+
+
+def _stored(path, name, shape, dtype, offset, stamp) -> Tensor:
+    where = (path, name, shape, dtype, offset, stamp)
     return made(shape, dtype, functools.partial(_read_into, *where), functools.partial(_stored_part, *where))
 
 
-def _stored_part(path, name, shape, dtype, offset, begin: int, end: int) -> Tensor:
+def _stored_part(path, name, shape, dtype, offset, stamp, begin: int, end: int) -> Tensor:
     rest = shape[1:]
-    return stored(path, name, (end - begin, *rest), dtype, offset + begin * math.prod(rest) * dtype.itemsize)
+    return _stored(path, name, (end - begin, *rest), dtype, offset + begin * math.prod(rest) * dtype.itemsize, stamp)
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -177,10 +196,6 @@ def dtype_of(name: Any) -> np.dtype | None:
     return dtype
 
 
-def num_bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
-
-
 # How values get to where they are asked for
 
 
@@ -217,9 +232,10 @@ def _cast_into(tensor: Tensor, dtype: np.dtype, name: str, out: np.ndarray) -> N
             raise CheckpointError(f"{name} has values beyond float16's 65504: choose dtype bfloat16 or float32")
 
 
-def _read_into(path, name, shape, dtype, offset, out: np.ndarray) -> None:
+def _read_into(path, name, shape, dtype, offset, stamp, out: np.ndarray) -> None:
     """An array in a file -> `out`: at once where it is laid out alike, else a few rows at a time."""
     with open(path, "rb", buffering=0) as file:
+        check_unchanged(file, path, stamp)
         file.seek(offset)
         if out.dtype == dtype and out.flags.c_contiguous:
             _read_bytes(file, path, name, out)

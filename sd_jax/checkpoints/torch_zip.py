@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from sd_jax.checkpoints.errors import CheckpointError, shown
-from sd_jax.checkpoints.tensors import empty
+from sd_jax.checkpoints.tensors import check_unchanged, empty, stamp_of
 
 MOST_MEMBERS = 100_000
 MOST_UNPACKED = 20  # times the size of the file, and SMALL more
@@ -45,10 +45,14 @@ class Span:
     deflated: bool = False
     crc: int | None = None  # of the unpacked bytes; forgotten once it has been found right
 
+    def __post_init__(self):
+        self.stamp = stamp_of(self.path)
+
     def read(self, begin: int, end: int) -> np.ndarray:
         """Bytes [begin, end), in memory of their own. The first read of all takes the checksum of the whole span, so it
         reads all of it; a deflated span is unpacked anew, whole, by each read. Raises CheckpointError."""
         with self.path.open("rb", buffering=0) as file:
+            check_unchanged(file, self.path, self.stamp)
             whole = (begin, end) == (0, self.size)
             if self.deflated:
                 out = self._inflate(file)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from sd_jax import sharding
+from sd_jax import sharding, trees
 from sd_jax.checkpoints.load import open_checkpoint
 from sd_jax.checkpoints.place import place
 from sd_jax.checkpoints.save import save_checkpoint
@@ -47,6 +47,7 @@ _MENDS = {
 }
 
 BUNDLED = pathlib.Path(__file__).parents[1] / "assets" / "shapes_64"
+AT_ONCE = 2**28  # bytes of weights that `load` reads in a moment
 
 logger = getLogger(__name__)
 
@@ -63,6 +64,8 @@ def load(
 ) -> "Pipeline":
     """Opens a checkpoint of any kind. Raises FileNotFoundError or CheckpointError, naming the file and the mend.
 
+    Names and shapes are checked now. A small model is also read now; of one whose weights are more than AT_ONCE bytes,
+    each part is read when a job first asks for it, so a weight that is not finite is found then.
     How what the checkpoint does not say was decided, such as the prediction type, is logged.
     """
     sharding.keep_compilations()
@@ -70,8 +73,10 @@ def load(
     checkpoint = open_checkpoint(source, weights, tokenizer, vae, dtype, config, prediction_type, text_encoder)
     for note in checkpoint.notes:
         logger.info("%s", note)
-    params = place(checkpoint.params, dtype, where=source)
-    return Pipeline(checkpoint.spec, params, checkpoint.tokenizer, dtype)
+    pipe = Pipeline(checkpoint.spec, checkpoint.params, checkpoint.tokenizer, dtype, source)
+    if trees.num_bytes(checkpoint.params) <= AT_ONCE:
+        pipe.read()
+    return pipe
 
 
 class Pipeline:
@@ -80,14 +85,26 @@ class Pipeline:
     def __init__(
         self,
         spec: ModelSpec,
-        params: Params,  # {part: tree}, see ModelSpec.parts; a part may be missing until a job needs it
+        params: Params,  # {part: tree}, of arrays or Tensors; a part may be missing until a job needs it
         tokenizer: Tokenizer | str | pathlib.Path | None = None,  # None = CLIP's, from the hub or its cache
         dtype: str = "float32",
+        where: str | pathlib.Path = "the model",  # for messages: what the params are of
     ):
-        self.spec, self.dtype = spec, dtype
-        self.params = jax.tree.map(functools.partial(_on_device, dtype=jnp.dtype(dtype)), params)
+        self.spec, self.dtype, self._where = spec, dtype, where
+        self._params = dict(params)
+        self._on_device: set[str] = set()  # parts
         self.networks = Networks.of(spec, dtype)
         self._tokenizer = tokenizer
+
+    @property
+    def params(self) -> Params:
+        """{part: tree} on the device, of the parts that are there. What no job has used yet is read now."""
+        return {part: self._part(part) for part in self._params}
+
+    def read(self) -> None:
+        """All parts, now. Raises CheckpointError naming a weight that is not finite."""
+        for part in self._params:
+            self._part(part)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -340,9 +357,12 @@ class Pipeline:
         return None if format == "single_file" else self.tokenizer
 
     def _part(self, name: str) -> Params:
-        if name not in self.params:
+        if name not in self._params:
             raise ValueError(f"this checkpoint has no {name}: {_MENDS[name]}")
-        return self.params[name]
+        if name not in self._on_device:
+            self._params |= _on_device({name: self._params[name]}, self.dtype, self._where)
+            self._on_device.add(name)
+        return self._params[name]
 
 
 def job_of(recipe: Recipe, image: Any = None, mask: Any = None, depth: Any = None, refiner: Any = None) -> str:
@@ -377,9 +397,11 @@ def _given(latents, noise, conditioning, negative_conditioning) -> Given:
     return Given(latents, draws, conditioning, negative_conditioning)
 
 
-def _on_device(leaf, dtype) -> jax.Array:
+def _on_device(tree: Params, dtype: str, where: str | pathlib.Path) -> Params:
     """What is there already, in this dtype, is not copied."""
-    return jnp.asarray(leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), dtype)
+    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree)):
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.dtype(dtype)), tree)
+    return place(tree, dtype, where=where)
 
 
 # Module-level functions: pipelines of the same networks share their compilations

@@ -336,15 +336,15 @@ def test_a_tensor_is_read_only_when_asked_for(tmp_path):
     body = table({"a": tensor(), "b": tensor(storage("1"))})
     for write in (zipped, legacy):
         path = write(tmp_path / "a.pt", body, storages)
-        tensors = open_any(path).tensors
         data = path.read_bytes()
         path.write_bytes(data.replace(storages["1"], bytes(16)))
+        tensors = open_any(path).tensors
         assert tensors["a"].read().tolist() == [[0, 1], [2, 3]]
         if write is zipped:
             with pytest.raises(CheckpointError, match="checksum is wrong of archive/data/1"):
                 tensors["b"].read()
         path.write_bytes(data[: data.index(storages["1"]) + 8])
-        with pytest.raises(CheckpointError, match="cut short while it was read"):
+        with pytest.raises(CheckpointError, match="changed since it was opened"):
             tensors["b"].read()
 
 

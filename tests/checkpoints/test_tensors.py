@@ -1,5 +1,6 @@
 """Tensors to come: shapes and types at once, values when asked, a few rows at a time."""
 
+import os
 import tracemalloc
 
 import jax.numpy as jnp
@@ -78,17 +79,27 @@ def test_reshaped_into_what_no_view_can_have(tmp_path):
 
 
 def test_a_file_that_ends_too_soon_is_named(tmp_path):
-    tensor = in_file(tmp_path, random(40, 9))
     (tmp_path / "file").write_bytes(b"short")
+    tensor = stored(tmp_path / "file", "a.weight", (40, 9), np.dtype(np.float32), 8)
     for asked in (tensor, tensor.transpose(1, 0), tensor.rows(39, 40)):
         with pytest.raises(CheckpointError, match="file: cut short while it was read, at a.weight"):
             asked.read()
 
 
-def test_rows_of_a_file_are_read_alone(tmp_path):
+def test_a_file_that_was_replaced_is_not_read_as_the_old_one(tmp_path):
     tensor = in_file(tmp_path, random(40, 9))
+    (tmp_path / "other").write_bytes((tmp_path / "file").read_bytes())
+    os.replace(tmp_path / "other", tmp_path / "file")
+    for asked in (tensor, tensor.transpose(1, 0), tensor.rows(39, 40)):
+        with pytest.raises(CheckpointError, match="file: changed since it was opened: load it again"):
+            asked.read()
+
+
+def test_rows_of_a_file_are_read_alone(tmp_path):
+    in_file(tmp_path, random(40, 9))
     with (tmp_path / "file").open("r+b") as file:
         file.truncate(8 + 10 * 9 * 4)
+    tensor = stored(tmp_path / "file", "a.weight", (40, 9), np.dtype(np.float32), 8)
     np.testing.assert_array_equal(tensor.rows(4, 8).rows(1, 3).read(), random(40, 9)[5:7])
 
 

@@ -1,6 +1,7 @@
 """Pipeline: what jobs give back, what recompiles, what is refused."""
 
 import logging
+import os
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 import sd_jax
+from sd_jax.checkpoints.place import place
+from sd_jax.sampling import pipeline
 from sd_jax.sampling.pipeline import Pipeline
 
 FEW = {"steps": 3, "guidance_scale": 3.0}
@@ -124,3 +127,32 @@ def test_a_single_file_takes_a_tokenizer(pipe, tmp_path):
     np.testing.assert_array_equal(pipe.text_to_image("a star", **FEW), again.text_to_image("a star", **FEW))
     with pytest.raises(FileNotFoundError, match="--tokenizer"):
         sd_jax.load(tmp_path / "model.safetensors").text_to_image("a star", **FEW)
+
+
+def test_a_large_model_is_read_part_by_part_at_its_first_use(pipe, tmp_path, monkeypatch):
+    file = tmp_path / "model.safetensors"
+    pipe.save(file, "single_file")
+    read = []
+
+    def recorded(tree, *args, **kwargs):
+        read.append(tree)
+        return place(tree, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "place", recorded)
+    monkeypatch.setattr(pipeline, "AT_ONCE", 1000)
+    large = sd_jax.load(file, tokenizer=pipe.tokenizer.source)
+    assert not read
+    latents = np.zeros((1, 8, 8, 4), np.float32)
+    np.testing.assert_array_equal(large.decode_latents(latents), pipe.decode_latents(latents))
+    large.decode_latents(latents)
+    assert len(read) == 1  # the autoencoder, once
+    os.utime(file, (0, 0))
+    with pytest.raises(sd_jax.checkpoints.CheckpointError, match="model.safetensors: changed since it was opened"):
+        large.read()
+
+
+def test_a_small_model_is_read_at_once_and_names_what_is_not_finite(pipe, tmp_path):
+    broken = jax.tree.map(lambda x: x * jnp.nan, pipe.params["vae"])
+    Pipeline(pipe.spec, {**pipe.params, "vae": broken}, pipe.tokenizer).save(tmp_path / "m.safetensors", "single_file")
+    with pytest.raises(sd_jax.checkpoints.CheckpointError, match="m.safetensors: vae/.* not finite"):
+        sd_jax.load(tmp_path / "m.safetensors")
