@@ -3,10 +3,10 @@
 Each side runs in a fresh process, in turns, and says when it has come so far, from the call on (imports apart):
 
     opened   the model is described, each tensor has its name and shape; nothing needs to have been read.
-             sd_jax: `open_checkpoint`; diffusers: `from_single_file`, which maps the file
+             sd_jax.load, which leaves large parts to their first use; `from_single_file`, which maps the file
     read     every tensor has been read once: what the first use of the weights costs beyond `opened`
     own      the weights are the process's own memory, laid out for its convolutions, and no page of the file is needed.
-             sd_jax: `place`, which checks them too; torch: a copy of each parameter
+             sd_jax: `Pipeline.read`, which checks them too; torch: a copy of each parameter
 
 Peak memory is that of the whole process, with all its imports. `read` is free of copies in torch on CPU: there the
 mapped pages of the file are the weights. Before each run the file is read, and as much memory as the weights take is
@@ -117,16 +117,16 @@ def _load_sd_jax(folder: Path, options) -> dict:
     start = time.perf_counter()
     import jax
 
-    from sd_jax.checkpoints.load import open_checkpoint
-    from sd_jax.checkpoints.place import place
+    import sd_jax
 
+    load = sd_jax.load
     jax.devices()
     clock = _Clock(time.perf_counter() - start)
-    opened = open_checkpoint(folder / "model.safetensors", dtype=options.dtype)
+    pipe = load(folder / "model.safetensors", dtype=options.dtype)
     clock.at("opened")
-    params = place(opened.params, options.dtype)
+    pipe.read()
     clock.at("read", "own")
-    assert sum(array.size for array in jax.tree.leaves(params)) > 1e9
+    assert sum(array.size for array in jax.tree.leaves(pipe.params)) > 1e9
     return clock.said
 
 

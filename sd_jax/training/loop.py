@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from sd_jax import config as configs
 from sd_jax import media, sharding, trees
 from sd_jax.checkpoints.native import Checkpoints
+from sd_jax.checkpoints.place import place
 from sd_jax.data import latents, loader, sources
 from sd_jax.diffusion import noise
 from sd_jax.models.vae import to_image
@@ -73,7 +74,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path | None, dry_run: bool, star
         trained, frozen = ({part: params[part] for part in parts} for parts in (model.trained, model.frozen))
         return create(trained, frozen, optimizer)
 
-    abstract = jax.eval_shape(initial_state, model.loaded)
+    abstract = jax.eval_shape(initial_state, jax.tree.map(_shape, model.loaded))
     step_fn = functools.partial(
         train_step,
         loss=loss,
@@ -95,11 +96,12 @@ def _train(config: ConfigDict, workdir: pathlib.Path | None, dry_run: bool, star
     if first_step:
         state, data_state = _restore(checkpoints, abstract, step)
     else:
-        loaded = jax.tree.map(jnp.asarray, model.loaded)
-        where = None if step.pmap else step.shardings
-        state = sharding.jit(initial_state, once=True, out_shardings=where)(loaded)
+        there = None if step.pmap else sharding.state_shardings(model.loaded, mesh)
+        loaded = place(model.loaded, jnp.float32, there, where=config.init)
+        state = sharding.jit(initial_state, once=True, out_shardings=None if step.pmap else step.shardings)(loaded)
+        del loaded
     state = step.place_state(state)
-    model.loaded.clear()  # the host's copy
+    model.loaded.clear()
     journal.open(workdir, first_step, config.total_steps, config.batch_size)
     journal.log(f"{'resumed at' if first_step else 'starting from'} step {first_step} of {config.total_steps}")
 
@@ -185,6 +187,10 @@ def _check_batch(config: ConfigDict, mesh) -> None:
         raise ValueError(
             f"config.batch_size={config.batch_size} does not divide into {parts} parts (devices x grad_accumulation)"
         )
+
+
+def _shape(leaf) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 def _slots(batch_size: int) -> np.ndarray:

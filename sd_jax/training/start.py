@@ -11,7 +11,7 @@ from jaxtyping import Int32
 from ml_collections import ConfigDict
 
 from sd_jax.checkpoints import CheckpointError
-from sd_jax.checkpoints.load import load_checkpoint
+from sd_jax.checkpoints.load import open_checkpoint
 from sd_jax.models.networks import Networks
 from sd_jax.models.presets import PARTS, ModelSpec
 from sd_jax.prompts.tokenize import Tokenizer, load_tokenizer, train_tokenizer
@@ -28,7 +28,7 @@ class Model:
     networks: Networks
     trained: tuple[str, ...]  # parts that the method moves
     frozen: tuple[str, ...]  # parts that it reads besides
-    loaded: dict[str, Params]  # on the host; parts that are not here are made by `init`
+    loaded: dict[str, Params]  # not read yet; parts that are not here are made by `init`
     tokenizer: Tokenizer | None
     seed: int
 
@@ -73,7 +73,7 @@ def build_model(
     """
     # In float32 whatever the file has: an average and small updates do not fit into half precision
     said = {"prediction_type": config.prediction_type or None}
-    loaded = load_checkpoint(config.init, weights="ema", dtype="float32", **said) if config.init else None
+    loaded = open_checkpoint(config.init, weights="ema", dtype="float32", **said) if config.init else None
     for note in () if loaded is None else loaded.notes:
         logger.info("%s: %s", config.init, note)
     if loaded is None and not config.model:

@@ -33,12 +33,12 @@ def build(monkeypatch, tokenizer, tmp_path):
         config.init, config.model = "checkpoint", ConfigDict(model.to_dict() if model else {})
         config.update(keys)
 
-        def load_checkpoint(path, weights, dtype, prediction_type):
+        def open_checkpoint(path, weights, dtype, prediction_type):
             assert (path, weights, dtype) == ("checkpoint", "ema", "float32")
             params = {part: {"leaf": np.zeros(1, np.float32)} for part in loaded_parts}
             return Checkpoint(loaded_spec, params, str(tokenizer.source), "single_file", "raw", notes=notes)
 
-        monkeypatch.setattr(start, "load_checkpoint", load_checkpoint)
+        monkeypatch.setattr(start, "open_checkpoint", open_checkpoint)
         return start.build_model(config, method_of(config), tmp_path, lambda: CAPTIONS)
 
     return build
