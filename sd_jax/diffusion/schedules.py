@@ -19,7 +19,8 @@ clean picture. So there
 
     start = sqrt(1 + sigmas[0]^2),    sigmas[-1] = sigma_0,    end = 1 / sqrt(1 + sigmas[-1]^2)             (3)
 
-where `end` follows the same equation as ever, since 1 / sqrt(1 + 0) = 1.
+where `end` follows the same equation as ever, since 1 / sqrt(1 + 0) = 1. The spacing `leading` has this start whatever
+the sampler is: in diffusers all schedulers have it there, those of Euler and Heun too.
 
 All is computed in float64 by numpy; diffusers and k-diffusion compute in float32 (measured: sigma_0 of Stable Diffusion
 differs by 1e-5 of itself, larger ones less).
@@ -169,7 +170,7 @@ def make_ladder(schedule: str, steps: int, cfg: NoiseScheduleConfig, sampler: st
     """`make_sigmas` with the factors before the first and after the last step (Eq. 2 and 3). Raises as it does."""
     sigmas = make_sigmas(schedule, steps, cfg, sampler, **options)
     first, last = float(sigmas[0]), float(sigmas[-1])
-    start = (1 + first**2) ** 0.5 if _variance_preserving(schedule, sampler) else first
+    start = (1 + first**2) ** 0.5 if schedule == "leading" or _variance_preserving(schedule, sampler) else first
     return Ladder(sigmas, np.asarray(start, np.float32), np.asarray((1 + last**2) ** -0.5, np.float32))
 
 

@@ -61,10 +61,10 @@ def test_a_tensor_is_read_only_when_asked_for(tmp_path):
     path = tmp_path / "a.safetensors"
     write(path, {"a": np.arange(6, dtype=np.float32), "b": np.ones(3, np.float32)})
     tensors = open_file(path).tensors
-    assert tensors["a"].transpose(0).reshape(2, 3).shape == (2, 3)
-    path.write_bytes(path.read_bytes()[:-1])  # it shrinks after it was opened; "b" lies last
     assert np.asarray(tensors["a"]).tolist() == [0, 1, 2, 3, 4, 5]
-    with pytest.raises(CheckpointError, match="cut short while it was read, at b"):
+    assert tensors["a"].transpose(0).reshape(2, 3).shape == (2, 3)
+    path.write_bytes(path.read_bytes()[:-1])  # it shrinks after it was opened
+    with pytest.raises(CheckpointError, match="changed since it was opened"):
         tensors["b"].read()
 
 

@@ -103,6 +103,7 @@ def test_spacings_of_other_samplers(spacing, steps):
     euler.set_timesteps(steps)
     close(make_sigmas(spacing, steps, SD)[:-1], euler.sigmas[:-1], 5e-5)
     assert make_sigmas(spacing, steps, SD)[-1] == euler.sigmas[-1] == 0
+    close(make_ladder(spacing, steps, SD).start, euler.init_noise_sigma, 5e-5)
 
 
 def test_fractional_timesteps():

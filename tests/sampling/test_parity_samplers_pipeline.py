@@ -154,11 +154,12 @@ def test_plms(both, predict):
     [("ddpm", "leading", "DDPMScheduler", {}), ("lcm", "lcm", "LCMScheduler", {"original_inference_steps": 50})],
 )
 def test_schedulers_that_add_noise(both, predict, monkeypatch, sampler, schedule, name, timesteps):
-    """diffusers begins at variance-preserving noise, x = sqrt(1 + sigma^2) n, where k-diffusion has sigma n."""
+    """diffusers begins at variance-preserving noise, x = sqrt(1 + sigma^2) n; we, but for `leading`, at sigma n."""
     drawn = iter(to_torch(draws_of(sampler)))
     module = importlib.import_module(f"diffusers.schedulers.scheduling_{sampler}")
     monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(drawn))
     scheduler = getattr(diffusers(), name).from_config(both[1].scheduler.config, clip_sample=False)
     wanted = by_scheduler(scheduler, predict, **timesteps)
     first = both[0].sigmas(schedule, STEPS, sampler)[0]
-    check(sampler, ours(both, sampler, schedule, LATENTS * np.sqrt(1 + first**-2)), wanted)
+    start = LATENTS if schedule == "leading" else LATENTS * np.sqrt(1 + first**-2)
+    check(sampler, ours(both, sampler, schedule, start), wanted)
