@@ -14,8 +14,6 @@ Stability-AI/stablediffusion; Stability-AI/generative-models `sgm/modules/encode
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from sd_jax.checkpoints import keys_open_clip, layout
 from sd_jax.checkpoints.errors import CheckpointError, listing
 from sd_jax.checkpoints.layout import Config
@@ -212,18 +210,6 @@ def names(part: str, config: Config, kind: str) -> dict[str, str]:
     modules = _unet_modules(config) if part == "unet" else _vae_modules(config)
     placeless = ("add_embedding.",) if part == "unet" and config.addition_embed_type == "text" else ()
     return {name: _translate(name, modules) for name in wanted if not name.startswith(placeless)}
-
-
-def shapes(part: str, config: Config, kind: str) -> dict[str, tuple[int, ...]]:
-    """{the file's name without its prefix: torch shape}: what a single file holds of one network."""
-    wanted = layout.LAYOUTS[part](config)
-    placed = {name: _shape_only(wanted[name]) for name in names(part, config, kind)}
-    file = from_diffusers(part, placed, config, kind)
-    return {name.removeprefix(PREFIXES[kind][part]): tensor.shape for name, tensor in file.items()}
-
-
-def _shape_only(shape: tuple[int, ...]) -> Tensor:
-    return Tensor(shape, np.dtype(np.float32), lambda: np.zeros(shape, np.float32))
 
 
 def _translate(name: str, modules: dict[str, str]) -> str:

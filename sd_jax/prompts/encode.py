@@ -24,8 +24,8 @@ What the sampling loop does with an `EncodedPrompt`, for parts p of weights w_p,
     negative = encode_prompts([negative_prompt], ..., calls=calls, negative=True).repeat(batch)
     positive, negative = match_tokens(positive, negative)
     # inside the jitted loop, `call` a traced int:
-    positive.at(call)    # Conditioning [batch * parts, ...]: jnp.repeat(x, parts, axis=0) goes with it
-    positive.weights     # [batch, parts]; 0 for a part that this prompt has not
+    contexts[index[:, :, call]]    # [batch, parts, tokens, width]; see `sampling.conditioning`
+    weights                        # [batch, parts]; 0 for a part that this prompt has not
 
 The encodings of all texts are one table, and the batch holds rows of it for each call: another prompt, schedule or
 order of prompts compiles nothing anew, while the table's length (a power of 2, at least TABLE_ROWS), `parts` and the
@@ -75,11 +75,6 @@ class EncodedPrompt:
     def is_single(self) -> bool:
         """One part of weight 1: without guidance (scale 1), Eq. 3 is then its denoiser alone. Not under jit."""
         return self.parts == 1 and bool((np.asarray(self.weights) == 1).all())
-
-    def at(self, call: int | Int[AnyArray, ""]) -> Conditioning:
-        """What call number `call` reads, [batch * parts, ...], the parts of a picture next to each other."""
-        rows = jnp.asarray(self.index)[:, :, call].reshape(-1)
-        return Conditioning(*(None if x is None else jnp.asarray(x)[rows] for x in (self.contexts, self.pooled)))
 
     def zeros(self) -> "EncodedPrompt":
         """One prompt for all calls, all zeros, of as many tokens: the empty negative prompt of SDXL."""

@@ -13,7 +13,7 @@ from sd_jax.checkpoints import config_json, keys_compvis, layout, read
 from sd_jax.checkpoints.load import load_checkpoint
 from sd_jax.checkpoints.save import save_checkpoint
 from sd_jax.models.families import FAMILIES
-from tests.checkpoints.tiny import assert_same
+from tests.checkpoints.tiny import assert_same, file_shapes
 from tests.reference import diffusers
 from tests.reference_families import saved_family
 from tests.reference_pipeline import tiny_diffusers_pipeline
@@ -267,8 +267,8 @@ def test_single_files_of_the_published_models(name):
     spec, file = FAMILIES[name], {}
     kind = keys_compvis.kind_of(spec)
     for part in spec.parts:
-        for tensor, shape in keys_compvis.shapes(part, getattr(spec, part), kind).items():
-            file[keys_compvis.PREFIXES[kind][part] + tensor] = torch.empty(shape, device="meta")
+        for tensor, shape in file_shapes(part, getattr(spec, part), kind).items():
+            file[tensor] = torch.empty(shape, device="meta")
     found = {
         "unet": single_file_utils.convert_ldm_unet_checkpoint(dict(file), config_json.unet_to_json(spec.unet)),
         "vae": single_file_utils.convert_ldm_vae_checkpoint(dict(file), config_json.vae_to_json(spec.vae)),

@@ -75,6 +75,13 @@ def shapes_only(shapes: dict) -> dict[str, Tensor]:
     return {name: Tensor(shape, np.dtype(np.float32), _unreadable) for name, shape in shapes.items()}
 
 
+def file_shapes(part: str, config, kind: str) -> dict[str, tuple[int, ...]]:
+    """{name: torch shape}: what a single file holds of one network."""
+    wanted = layout.LAYOUTS[part](config)
+    placed = shapes_only({name: wanted[name] for name in keys_compvis.names(part, config, kind)})
+    return {name: t.shape for name, t in keys_compvis.from_diffusers(part, placed, config, kind).items()}
+
+
 def _unreadable():
     raise AssertionError("a tensor was read where its shape should do")
 

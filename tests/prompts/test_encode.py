@@ -29,6 +29,12 @@ def prompts(words, encode):
     return run
 
 
+def at(encoded, call):
+    """What call number `call` of the denoiser reads: Conditioning [batch * parts, ...]."""
+    rows = jnp.asarray(encoded.index)[:, :, call].reshape(-1)
+    return Conditioning(*(None if x is None else jnp.asarray(x)[rows] for x in (encoded.contexts, encoded.pooled)))
+
+
 def chunk(words, text, positions=77):
     """ids [1, positions] of one chunk that has no weights, written out."""
     ids = words.token_ids(text)
@@ -167,7 +173,7 @@ def test_encoders_without_pooled_states(words, encode):
     bare = lambda ids: Conditioning(encode(ids).context)  # noqa: E731
     assert encode_texts(["a"], words, bare, 77).pooled is None
     encoded = encode_prompts(["a [b|c]"], words, bare, 77, calls=3)
-    assert encoded.pooled is None and encoded.at(0).pooled is None
+    assert encoded.pooled is None and at(encoded, 0).pooled is None
 
 
 # -- Unequal lengths -------------------------------------------------------------------------------------------------
@@ -188,14 +194,14 @@ def test_comfys_shorter_texts_are_repeated(texts):
 
 
 def test_prompts_of_a_batch_are_repeated(prompts, texts):
-    contexts = np.asarray(prompts("a cat", LONG, LONGER).at(0).context)
+    contexts = np.asarray(at(prompts("a cat", LONG, LONGER), 0).context)
     assert contexts.shape == (3, 6 * 77, 32)
     for got, prompt, times in zip(contexts, ("a cat", LONG, LONGER), (6, 3, 2), strict=True):
         np.testing.assert_array_equal(got, np.tile(texts(prompt)[0][0], (times, 1)))
 
 
 def test_prompts_that_would_be_repeated_too_often_are_lengthened(prompts, texts):
-    contexts = np.asarray(prompts("cat " * 75 * 7, "red " * 75 * 8).at(0).context)
+    contexts = np.asarray(at(prompts("cat " * 75 * 7, "red " * 75 * 8), 0).context)
     assert contexts.shape == (2, 8 * 77, 32)
     own = texts("cat " * 75 * 7)[0][0]
     np.testing.assert_array_equal(contexts[0], np.concatenate([own, np.repeat(own[-1:], 77, axis=0)]))
@@ -212,7 +218,7 @@ def test_prompt_and_negative_prompt_are_matched(prompts):
 def test_a_repeated_context_guides_as_the_context(prompts):
     from sd_jax.models.attention import attention
 
-    once, twice = (each.at(0).context[:, :, None] for each in (prompts("a cat"), prompts("a cat", LONG)))
+    once, twice = (at(each, 0).context[:, :, None] for each in (prompts("a cat"), prompts("a cat", LONG)))
     q = jax.random.normal(jax.random.key(0), (1, 5, 1, 32))
     np.testing.assert_allclose(attention(q, once, once), attention(q, twice[:1], twice[:1]), atol=1e-5)
 
@@ -225,7 +231,7 @@ def test_simple_prompts_are_one_text_for_all_calls(prompts, texts):
     assert encoded.contexts.shape == (TABLE_ROWS, 77, 32) and encoded.pooled.shape == (TABLE_ROWS, 32)
     assert encoded.index.shape == (1, 1, 4) and encoded.weights.tolist() == [[1]] and encoded.is_single
     for call in range(4):
-        got = encoded.at(call)
+        got = at(encoded, call)
         np.testing.assert_array_equal(got.context, texts("a cat")[0])
         np.testing.assert_array_equal(got.pooled, texts("a cat")[1])
 
@@ -242,34 +248,34 @@ def test_simple_prompts_are_one_text_for_all_calls(prompts, texts):
 def test_each_call_reads_its_text(prompts, texts, prompt, reads):
     encoded = prompts(prompt, calls=6)
     for call, text in enumerate(reads):
-        np.testing.assert_array_equal(encoded.at(call).context, texts(text)[0])
+        np.testing.assert_array_equal(at(encoded, call).context, texts(text)[0])
 
 
 def test_texts_of_one_schedule_are_followed_by_empty_prompts(prompts, texts):
     encoded = prompts(f"[a cat:{LONG}:2]", calls=5)
     want, _ = texts("a cat", LONG)
-    np.testing.assert_array_equal(encoded.at(0).context[0], want[0])
-    np.testing.assert_array_equal(encoded.at(4).context[0], want[1])
+    np.testing.assert_array_equal(at(encoded, 0).context[0], want[0])
+    np.testing.assert_array_equal(at(encoded, 4).context[0], want[1])
 
 
 def test_second_passes_count_on(prompts, texts):
     encoded = prompts("a [red:blue:1.5] cat", calls=4, base_calls=10)
     reads = ["a red cat"] * 3 + ["a blue cat"]
     for call, text in enumerate(reads):
-        np.testing.assert_array_equal(encoded.at(call).context, texts(text)[0])
+        np.testing.assert_array_equal(at(encoded, call).context, texts(text)[0])
 
 
 def test_parts_and_their_weights(prompts, texts):
     encoded = prompts("a red cat AND a [blue|green] cat :-0.5 AND a square:2", "a cat", calls=3)
     assert encoded.parts == 3 and not encoded.is_single
     np.testing.assert_array_equal(encoded.weights, np.float32([[1, -0.5, 2], [1, 0, 0]]))
-    context = np.asarray(encoded.at(2).context)
+    context = np.asarray(at(encoded, 2).context)
     for row, text in enumerate(["a red cat", "a green cat", "a square", "a cat", "a cat", "a cat"]):
         np.testing.assert_array_equal(context[row], texts(text)[0][0])
 
 
 def test_parts_of_unequal_length_repeat_the_last_state(prompts, texts):
-    context = np.asarray(prompts(f"a cat AND {LONG}").at(0).context)
+    context = np.asarray(at(prompts(f"a cat AND {LONG}"), 0).context)
     own = texts("a cat")[0][0]
     np.testing.assert_array_equal(context[0], np.concatenate([own, np.repeat(own[-1:], 77, axis=0)]))
     np.testing.assert_array_equal(context[1], texts(LONG)[0][0])
@@ -284,14 +290,14 @@ def test_one_weighed_part_is_not_single(prompts):
 def test_negative_prompts_are_scheduled_but_not_split(prompts, texts):
     encoded = prompts("red AND [blue:green:1] <lora:a:1>", calls=3, negative=True)
     assert encoded.parts == 1 and encoded.is_single
-    np.testing.assert_array_equal(encoded.at(0).context, texts("red AND blue <lora:a:1>")[0])
-    np.testing.assert_array_equal(encoded.at(2).context, texts("red AND green <lora:a:1>")[0])
+    np.testing.assert_array_equal(at(encoded, 0).context, texts("red AND blue <lora:a:1>")[0])
+    np.testing.assert_array_equal(at(encoded, 2).context, texts("red AND green <lora:a:1>")[0])
 
 
 def test_tags_that_nobody_took_are_left_out_and_told_of(prompts, texts):
     with pytest.warns(UserWarning, match="nothing applied it: <lora:a:1> <net:b>"):
         encoded = prompts("red <lora:a:1>cat<net:b>")
-    np.testing.assert_array_equal(encoded.at(0).context, texts("red cat")[0])
+    np.testing.assert_array_equal(at(encoded, 0).context, texts("red cat")[0])
 
 
 @pytest.mark.parametrize("syntax", ["comfy", "plain"])
@@ -299,7 +305,7 @@ def test_other_syntaxes_have_no_edits(prompts, texts, syntax):
     prompt = "[red:blue:3] AND [a|b] <lora:a:1> cat :2"
     encoded = prompts(prompt, calls=5, syntax=syntax)
     assert encoded.is_single and len(np.unique(encoded.index)) == 1
-    np.testing.assert_array_equal(encoded.at(0).context, texts(prompt, syntax=syntax)[0])
+    np.testing.assert_array_equal(at(encoded, 0).context, texts(prompt, syntax=syntax)[0])
 
 
 def test_zeros_are_as_long_as_the_prompt(prompts):
@@ -307,7 +313,7 @@ def test_zeros_are_as_long_as_the_prompt(prompts):
         zeros = positive.zeros()
         matched, same = match_tokens(positive, zeros)
         assert zeros.is_single and same.contexts.shape[1] == positive.contexts.shape[1] == matched.contexts.shape[1]
-        told = zeros.at(2)
+        told = at(zeros, 2)
         assert told.context.shape == (1, *positive.contexts.shape[1:]) and not told.context.any()
         assert (told.pooled is None) == (positive.pooled is None) and (told.pooled is None or not told.pooled.any())
 
@@ -315,7 +321,7 @@ def test_zeros_are_as_long_as_the_prompt(prompts):
 def test_batches_repeat_pictures(prompts):
     encoded = prompts("a cat", "a red cat AND a blue cat").repeat(2)
     assert encoded.index.shape == (4, 2, 1) and encoded.weights.tolist() == [[1, 0], [1, 0], [1, 1], [1, 1]]
-    assert encoded.at(0).context.shape == (8, 77, 32)
+    assert at(encoded, 0).context.shape == (8, 77, 32)
 
 
 def test_no_prompts_are_an_error(prompts):
@@ -334,7 +340,7 @@ def test_the_loop_picks_by_call_and_compiles_once(prompts, texts):
         compiled.append(encoded)
 
         def step(carry, call):
-            return carry, encoded.at(call).context[0, 2]  # the state of the second word
+            return carry, at(encoded, call).context[0, 2]  # the state of the second word
 
         return jax.lax.scan(step, 0, jnp.arange(5, dtype=jnp.int32))[1]
 
@@ -353,13 +359,13 @@ def test_guidance_by_parts_is_the_weighted_sum(prompts):
     """Eq. 3 as the loop computes it, against a loop over parts."""
     encoded = prompts("a red cat AND a blue square:0.5", "a cat")
     denoise = lambda context: context.mean(axis=1)  # noqa: E731  stands for the denoiser
-    cond = denoise(encoded.at(0).context).reshape(2, encoded.parts, -1)
+    cond = denoise(at(encoded, 0).context).reshape(2, encoded.parts, -1)
     uncond, scale = jnp.full((2, 32), 0.1), 7.5
     got = uncond + scale * (jnp.asarray(encoded.weights)[:, :, None] * (cond - uncond[:, None])).sum(axis=1)
     for i, prompt in enumerate((["a red cat", "a blue square"], ["a cat"])):
         want = uncond[i]
         for weight, text in zip((1.0, 0.5), prompt, strict=False):
-            want = want + weight * scale * (denoise(prompts(text).at(0).context)[0] - uncond[i])
+            want = want + weight * scale * (denoise(at(prompts(text), 0).context)[0] - uncond[i])
         np.testing.assert_allclose(got[i], want, atol=1e-5)
 
 

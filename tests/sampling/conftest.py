@@ -28,3 +28,13 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pipe(tokenizer):
     return Pipeline(TINY_SHAPES, random_params(TINY_SHAPES), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """In torch: more wait for each other longer than a network of this size takes."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -15,7 +15,7 @@ from tests.reference import diffusers
 from tests.reference_families import saved_family
 from tests.reference_pipeline import tiny_tokenizer
 
-pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
 STEPS, SCALE = 20, 7.5
 PROMPTS, NEGATIVE = ["a photo of a cat", "a red circle"], "the blur"
@@ -29,18 +29,6 @@ SCHEDULERS = {  # by our names of sampler and schedule
     ("ddim", "trailing"): ("DDIMScheduler", {"timestep_spacing": "trailing"}),
 }
 EULER = ("euler", "normal")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """In torch: more wait for each other longer than a network of this size takes."""
-    diffusers()
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

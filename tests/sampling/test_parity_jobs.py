@@ -12,7 +12,7 @@ import sd_jax
 from tests.reference import diffusers
 from tests.reference_pipeline import tiny_diffusers_pipeline
 
-pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
 STEPS, PROMPTS, NEGATIVE = 10, ["a photo of a cat", "a red circle"], "the blur"
 RNG = np.random.default_rng(0)
@@ -39,18 +39,6 @@ def pair(folder, **unet):
     """(our pipeline, theirs) of the same random weights."""
     theirs = tiny_diffusers_pipeline(folder, unet={**ONE_LEVEL, **unet})
     return sd_jax.load(folder), theirs
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """In torch: more wait for each other longer than a network of this size takes."""
-    diffusers()
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
