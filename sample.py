@@ -26,7 +26,7 @@ LOADING = {
     "tokenizer": "A folder or hub name, for files without one.",
     "vae": "Another checkpoint to take the autoencoder from, which may be a tiny one.",
     "text_encoder": "Another checkpoint to take the text encoders from, or two: FIRST,SECOND.",
-    "weights": "ema: the averaged weights, or raw: those of the last step.",
+    "weights": "ema: the averaged weights; ema:0.999: another average; raw: those of the last step.",
     "config": "The .yaml that describes a single file; none = that beside it.",
     "prediction_type": "What the U-Net predicts: epsilon, v_prediction, ...; none = what the checkpoint says.",
     "refiner": "Another checkpoint, which walks the last steps.",

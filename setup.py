@@ -19,7 +19,6 @@ INSTALL_REQUIRES = [
     "absl-py>=2.1",  # flags of the doors train.py and sample.py; ml-collections defines its config flags on it
     "tokenizers>=0.23",  # trains the byte-level BPE of models trained from nothing; transformers brings it anyway
     "tqdm>=4.66",  # progress bars; datasets and transformers bring it anyway
-    "grain>=0.2.18",  # order, workers and exact resume of training data
     "tensorboardX>=2.6.5",  # TensorBoard events without TensorFlow or torch
     "pyyaml>=6",  # the .yaml that A1111 keeps beside a checkpoint; transformers brings it anyway
     "jaxtyping>=0.3.11",  # shapes in signatures; checked only under the tests

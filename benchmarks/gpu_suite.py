@@ -10,6 +10,7 @@ import sys
 import time
 
 ITEMS = (
+    ("text_to_image_step", "--dtype=bfloat16", "--model=sd2", "--size=512", "--batch=32", "--cached=1"),
     ("unet", "--dtype=bfloat16"),
     ("train_step", "--dtype=bfloat16", "--model=sd15", "--batch=4", "--size=64"),
     ("sampling", "--dtype=bfloat16", "--steps=20"),
@@ -19,7 +20,8 @@ ITEMS = (
     ("unet", "--dtype=float32"),
     ("vae", "--dtype=bfloat16", "--part=encode"),
 )
-COMPILED = {"unet", "sampling"}  # compared with torch.compile too; it takes a minute each to compile
+# Compared with torch.compile too, which takes minutes to compile
+COMPILED = {"text_to_image_step", "unet", "sampling"}
 
 
 def main() -> int:

@@ -34,7 +34,7 @@ def main() -> None:
     source = CutShapes()
     pipe, cut_in_data = _train(bundled, source, options.steps)
     print(f"trained for {time.monotonic() - begun:.0f} s", flush=True)
-    prompts = [source.texts(i)[0] for i in range(PROMPTS)]
+    prompts = [source.fields(i)[0][0] for i in range(PROMPTS)]
     recipe = {"sampler": "dpmpp_2m", "schedule": "karras", "steps": 12, "guidance_scale": 2.0}
     draw = lambda **told: pipe.text_to_image(prompts, **recipe, **told)  # noqa: E731
 
@@ -67,7 +67,7 @@ class CutShapes:
 
     def __getitem__(self, index: int) -> dict:
         width = SIDE if index % 2 else WIDE
-        return {"pixels": self.draw(index, width), "caption": self.texts(index)[0], "index": int(index)}
+        return {"pixels": self.draw(index, width), "fields": self.fields(index), "index": int(index)}
 
     def _thing(self, index: int) -> tuple[str, str]:
         from sd_jax.data import shapes
@@ -85,8 +85,13 @@ class CutShapes:
         scene = shapes.Scene((shapes.Thing(shape, colour, "medium", 0.5, 0.5),), "plain white")
         return np.pad(shapes.render(scene, SIDE), ((0, 0), ((width - SIDE) // 2,) * 2, (0, 0)), mode="edge")
 
-    def texts(self, index: int) -> tuple[str, ...]:
-        return ("a {} {}".format(*self._thing(index)),)
+    def fields(self, index: int) -> tuple[tuple[str, ...], ...]:
+        return (("a {} {}".format(*self._thing(index)),),)
+
+    def sizes(self):
+        import numpy as np
+
+        return np.array([(SIDE, SIDE if index % 2 else WIDE) for index in range(len(self))], np.int64)
 
     def full_size(self, index: int) -> None:
         return None
@@ -126,7 +131,6 @@ def _train(bundled, source, steps: int):
     """-> (the trained model, the share of the data's pictures whose object is cut)."""
     import functools
 
-    import jax
     import jax.numpy as jnp
     import numpy as np
 
@@ -136,9 +140,10 @@ def _train(bundled, source, steps: int):
     from sd_jax.models.networks import Networks
     from sd_jax.models.vae import to_image
     from sd_jax.sampling.pipeline import Pipeline
-    from sd_jax.training.methods import METHODS, Context
+    from sd_jax.training import setup
+    from sd_jax.training.context import Context, EmptyPrompt
+    from sd_jax.training.methods import METHODS
     from sd_jax.training.optimizers import make_optimizer
-    from sd_jax.training.state import create
     from sd_jax.training.step import train_step
 
     spec = _spec(bundled.spec)
@@ -147,6 +152,7 @@ def _train(bundled, source, steps: int):
     tokenize = functools.partial(tokenizer, max_length=positions)
     config = training_defaults("full")
     config.batch_size, config.total_steps, config.data.resolution = BATCH, steps, SIDE
+    config.ema_decays = (0.99,)
     config.optimizer.update(
         {"name": "muon", "learning_rate": 4e-3, "schedule": "cosine", "warmup_steps": 50, "weight_decay": 0.0}
     )
@@ -162,17 +168,12 @@ def _train(bundled, source, steps: int):
     data["moments"] = np.concatenate([np.asarray(encode(vae, batch["pixels"])) for batch in batches])
 
     method, optimizer = METHODS["full"], make_optimizer(config)
-    loss = functools.partial(method.loss, Context(networks, config, tokenize([""])[0]))
-
-    @sharding.jit
-    def begin(vae):
-        parts = method.trainable(config, spec)
-        keys = jax.random.split(jax.random.key(0), len(parts))
-        return create({p: networks.init(p, k) for p, k in zip(parts, keys, strict=True)}, {"vae": vae}, optimizer)
+    loss = functools.partial(method.loss, Context(networks, config, EmptyPrompt(tokenize([""])[0])))
+    begin = sharding.jit(lambda vae: setup.initial_state(config, method, networks, {"vae": vae}))
 
     @sharding.jit(donate_argnums=0)
     def step(state, batch):
-        return train_step(state, batch, loss=loss, optimizer=optimizer, ema_decay=0.99, seed=0)
+        return train_step(state, batch, loss=loss, optimizer=optimizer, ema_decays=config.ema_decays, seed=0)
 
     state, rng, slots = begin(vae), np.random.default_rng(0), np.arange(BATCH, dtype=np.int32)
     for at in range(steps):

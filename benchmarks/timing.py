@@ -283,9 +283,9 @@ def random_params(init: Callable, dtype: str):
 
 def count_flops(function: Callable, *inputs) -> float:
     """Multiplications and additions of the matrix products and convolutions that `function` traces to."""
-    import jax
+    from sd_jax import flops
 
-    return _flops_of(jax.make_jaxpr(function)(*inputs).jaxpr)
+    return flops.count(function, *inputs)
 
 
 def _count_torch_flops(run: Callable) -> float:
@@ -302,23 +302,3 @@ def _count_torch_flops(run: Callable) -> float:
     with flop_counter.FlopCounterMode(display=False, custom_mapping=known) as counter:
         run()
     return float(counter.get_total_flops())
-
-
-def _flops_of(jaxpr) -> float:
-    import math
-
-    import jax
-
-    total = 0.0
-    for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            depth = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
-            total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
-        elif name == "conv_general_dilated":
-            kernel, out_axis = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
-            total += 2 * math.prod(kernel) / kernel[out_axis] * math.prod(equation.outvars[0].aval.shape)
-        for inner in jax.core.jaxprs_in_params(params):
-            total += params.get("length", 1) * _flops_of(inner)  # `length`: how often a scan runs its body
-    return total

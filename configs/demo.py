@@ -51,7 +51,7 @@ def autoencoder(small: bool) -> ConfigDict:
     config.total_steps = 500 if small else 1200
     config.batch_size = 32
     config.eval_steps = 250
-    config.ema_decay = 0.99
+    config.ema_decays = (0.99,)
     config.autoencoder.l2_weight = 4.0
     config.autoencoder.kl_weight = 5e-6 if small else 2e-6
     config.data.num_examples = 20_000
@@ -68,11 +68,11 @@ def text_to_image(small: bool) -> ConfigDict:
     config.eval_steps = 400
     config.checkpoint_steps = 0 if small else 400
     config.sample_steps = 0 if small else 1000
-    config.ema_decay = 0.997
+    config.ema_decays = (0.997,)
     config.data.num_examples = 20_000 if small else 60_000
     config.data.two_objects = 0.0 if small else 0.5
     config.data.held_out = 0.02
-    config.data.cache_latents = True
+    config.data.cache_latents, config.data.crop = True, "centre"
     config.samples.prompts = (
         "a large red circle at the top on a plain white background",
         "a medium blue star in the centre on a dotted grey background",

@@ -29,7 +29,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.total_steps = 2000
     config.batch_size = 4
     config.dtype = "bfloat16"
-    config.remat = True
+    config.remat = "blocks"
     config.checkpoint_steps = 500
     config.eval_steps = 100
     config.sample_steps = 500
@@ -47,7 +47,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.samples.guidance_scale = 7.5
 
     if args.runlocal:
-        config.dtype, config.remat = "float32", False
+        config.dtype, config.remat = "float32", "none"
         config.data.resolution, config.batch_size = 64, 2
         config.total_steps, config.optimizer.warmup_steps = 2, 1
         config.samples.steps = 2

@@ -58,26 +58,54 @@ def training_defaults(method: str) -> ConfigDict:
     config.eval_batches = 4  # of held-out images, always the same
     config.sample_steps = 500
 
+    # What goes wrong
+    config.max_skipped = 20  # steps in a row without a finite loss and gradient, after which the run goes back
+    config.rollbacks = 2  # to the last checkpoint, at most so often; after that it ends
+    config.watchdog_seconds = 600  # a stage that takes longer is named in the log; 0 = none is
+
     # What is trained: `init` is any path that sd_jax.load takes; parts that it lacks are made from `model`
     config.init = ""
+    config.init_parts = ()  # what is taken of `init`, e.g. ("vae", "text_encoder"); empty = all that it has
     config.prediction_type = ""  # of `init`, where `model` is empty: what its U-Net predicts; empty = what it says
     config.model = ConfigDict()  # ModelSpec.to_dict(); empty = that of `init`
     config.tokenizer = ""  # empty = that of `init`, else one is trained from the captions
     config.dtype = "float32"  # of the computation; parameters stay float32
-    config.remat = False
-    config.ema_decay = 0.9999
+    config.remat = "none"  # what the backward pass computes again: a name in models/remat.py
+    config.ema_decays = (0.9999,)  # a running average of the weights for each; samples are made from the first
 
     config.data = ConfigDict()
     config.data.path = "shapes"  # "shapes", a folder of pictures, or whatever datasets.load_dataset takes
     config.data.image_key = "image"
-    config.data.caption_key = "text"
-    config.data.resolution = 64
-    config.data.random_flip = False
     config.data.held_out = 0.05  # share of the records kept for the held-out loss
     config.data.num_workers = 2  # threads that decode
-    config.data.cache_latents = False  # encode every picture once, before training
     config.data.num_examples = 20_000  # of shapes world
     config.data.two_objects = 0.0  # share of shapes world's pictures with two objects
+    config.data.aspects = (1.0,)  # width / height of shapes world's pictures, each as often
+
+    # Sizes: squares of `resolution`, or buckets of several aspect ratios and about its area
+    config.data.resolution = 64
+    config.data.crop = "random"  # where a picture is cut to its size: "random" or "centre"
+    config.data.random_flip = False
+    config.data.upscale = True  # False: a picture is never made larger; it goes to a smaller bucket
+    config.data.buckets = ConfigDict()
+    config.data.buckets.step = 0  # sides are multiples of this; 0 = no buckets
+    config.data.buckets.min_side = 0  # 0 = half of `resolution`
+    config.data.buckets.max_side = 0  # 0 = twice `resolution`
+    config.data.buckets.max_area = 0  # 0 = `resolution` squared
+
+    # Captions: columns joined by commas, of which each example reads one
+    config.data.caption_key = "text"
+    config.data.caption_weights = ()  # how often each column is read, relative to the others; empty = alike
+    config.data.tag_separator = ""  # of captions that are tags, e.g. ","; empty = they are prose
+    config.data.keep_tags = 0  # so many first tags are neither moved nor left out
+    config.data.shuffle_tags = False
+    config.data.tag_dropout = 0.0  # share of the tags left out
+
+    # What is computed once, before training, and kept
+    config.data.cache_latents = False  # the autoencoder's moments of every picture
+    config.data.cache_text = False  # the text encoders' states of every caption
+    config.data.cache_captions = 1  # of each record, where `cache_text`: so many draws of its caption
+    config.data.cache_dir = ""  # empty = the workdir's own
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # or "muon"
@@ -89,7 +117,8 @@ def training_defaults(method: str) -> ConfigDict:
     config.optimizer.weight_decay = 0.01
     config.optimizer.clip_norm = 1.0
 
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    # Devices: sizes of the mesh's axes, -1 = what the others leave; see sd_jax/sharding.py
+    config.mesh = ConfigDict({"slice": 1, "data": -1, "fsdp": 1, "tensor": 1})
     config.parallelism = "jit"  # or "pmap": plain data parallelism
 
     if method == "autoencoder":
@@ -97,8 +126,17 @@ def training_defaults(method: str) -> ConfigDict:
     else:
         config.diffusion = ConfigDict()
         config.diffusion.train_text_encoder = True
+        config.diffusion.text_chunks = 1  # of 75 tokens: 3 = captions of up to 225
+        config.diffusion.clip_skip = 0  # the text encoders' layer, 1 = last; 0 = the family's own
         config.diffusion.caption_dropout = 0.1  # share of the images whose conditioning is that of the empty prompt
         config.diffusion.min_snr_gamma = 0.0  # 0 = no weighting
+        config.diffusion.timesteps = "uniform"  # how they are drawn: a name in diffusion/timesteps.py
+        config.diffusion.timestep_mean = 0.0  # of "logit_normal"
+        config.diffusion.timestep_scale = 1.0  # of "logit_normal" and "mode"
+        config.diffusion.noise_offset = 0.0  # share of noise that is one number for a whole channel
+        config.diffusion.pyramid_discount = 0.0  # of noise at each coarser size; 0 = white noise
+        config.diffusion.input_perturbation = 0.0  # noise beyond what the network is to predict
+        config.diffusion.eval_bins = 4  # of timesteps, each with a held-out loss of its own
         config.samples = ConfigDict()  # the grid that is drawn while training
         config.samples.prompts = ("a red circle", "a blue square")
         config.samples.sampler = "dpmpp_2m"

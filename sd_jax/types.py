@@ -53,7 +53,7 @@ class Conditioning:
 class NoiseScheduleConfig:
     """The discrete forward process and what the U-Net predicts; names and values as in scheduler_config.json."""
 
-    beta_schedule: str = "scaled_linear"  # "linear" | "scaled_linear" | "squaredcos_cap_v2" (cosine)
+    beta_schedule: str = "scaled_linear"  # a name in diffusion/schedules.py
     beta_start: float = 0.00085
     beta_end: float = 0.012
     num_train_timesteps: int = 1000

@@ -16,10 +16,13 @@ PACKAGE = "sd_jax"
 FLOORS = {
     "types": 0,
     "names": 0,
+    "hardware": 0,
     "config": 1,
     "trees": 1,
     "media": 1,
     "sharding": 1,
+    "distributed": 1,
+    "flops": 1,
     "models": 2,
     "diffusion": 2,
     "prompts": 3,
@@ -34,7 +37,7 @@ FLOORS = {
     "apps": 9,
 }
 FORBIDDEN = ("torch", "diffusers", "tensorflow", "cv2")  # nowhere in the package
-HEAVY = ("transformers", "datasets", "orbax", "grain", "tensorboardX")  # seconds to import: only inside functions
+HEAVY = ("transformers", "datasets", "orbax", "tensorboardX")  # seconds to import: only inside functions
 PURE = ("prompts/weights.py", "prompts/schedule.py", "prompts/tags.py")  # parsing of prompts: text in, text out
 ARRAYS = ("jax", "jaxlib", "flax", "optax")
 
@@ -134,7 +137,7 @@ def test_planted_breach_is_caught(path, source, said):
         ("training/loop.py", "from sd_jax.models.unet import UNet\nfrom sd_jax import types, trees\nimport jax"),
         ("models/unet.py", "from sd_jax.models import layers\nfrom . import attention\nfrom .resnet import Resnet"),
         ("prompts/tokenize.py", "def f():\n    from transformers import CLIPTokenizer"),
-        ("data/loader.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import grain"),
+        ("data/loader.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import datasets"),
         ("data/sources.py", "import datasets_like_name, torchless"),
         ("__init__.py", "from sd_jax.sampling.pipeline import load"),
     ],

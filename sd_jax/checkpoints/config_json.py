@@ -347,7 +347,12 @@ def noise_schedule_to_json(config: NoiseScheduleConfig) -> dict[str, Any]:
     """As diffusers' DDIMScheduler, which knows every schedule and prediction that we share with diffusers.
 
     A zero terminal signal-to-noise ratio is of use only to steps that begin at the last timestep ("trailing").
+    Raises CheckpointError for a schedule of ours that diffusers has not.
     """
+    if config.beta_schedule == "rectified_flow":
+        raise CheckpointError(
+            "diffusers has no scheduler for a U-Net trained with beta_schedule 'rectified_flow': save it as 'native'"
+        )
     return in_order(
         {},
         _class_name="DDIMScheduler",

@@ -84,7 +84,7 @@ def _with_ids(spec: ModelSpec, encoders: Sequence[str], tokenizer: Any) -> Model
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What every command that writes a checkpoint asks."""
     parser.add_argument("--format", choices=["diffusers", "single_file", "native"], help="default: told by OUT's name")
-    parser.add_argument("--weights", choices=["ema", "raw"], default="ema", help="averaged weights, or the last step's")
+    parser.add_argument("--weights", default="ema", help="averages, raw: the last step's, or ema:0.999 of a workdir")
     parser.add_argument("--tokenizer", help="a folder, or a name on the hub, where there is none")
     parser.add_argument("--vae", help="another checkpoint, or a VAE alone, to take the autoencoder from")
     parser.add_argument("--prediction_type", help="epsilon, v_prediction or sample, whatever the files say")

@@ -38,14 +38,14 @@ class Checkpoint:
     params: Params  # {part: tree} of NumPy arrays (or Tensors, from `open_checkpoint`), the parts that are there
     tokenizer: str | None  # a folder, or what was given as tokenizer=; None = it carries none
     kind: str  # "native" | "diffusers" | "single_file"
-    weights: str  # "ema" or "raw": what the U-Net is
+    weights: str  # "ema", "raw" or "ema:0.999": what the U-Net is
     step: int | None = None  # optimiser steps, of a native one
     notes: tuple[str, ...] = ()  # what was decided, and why: a line each
 
 
 def load_checkpoint(
     path: str | os.PathLike,
-    weights: str = "ema",  # "ema": averaged weights where there are any; "raw": those of the last step
+    weights: str = "ema",  # averaged ones where there are any; "raw": the last step's; "ema:0.999": another average
     tokenizer: str | os.PathLike | None = None,  # a folder, or a name for `prompts`; None = the checkpoint's own
     vae: str | os.PathLike | None = None,  # another checkpoint, or a VAE alone, to take the autoencoder from
     dtype: Any = None,  # of floats: "float32", "float16", "bfloat16"; None = as they are stored (eight bits: float16)
@@ -78,11 +78,13 @@ def open_checkpoint(
 
     (A native checkpoint is read at once, by Orbax.)
     """
-    if weights not in ("ema", "raw"):
-        raise ValueError(f"weights={weights!r} is neither 'ema' nor 'raw'")
+    if weights not in ("ema", "raw") and not weights.startswith("ema:"):
+        raise ValueError(f"weights={weights!r} is neither 'ema' nor 'raw', nor 'ema:' and a decay")
     dtype, predicts = dtype_of(dtype), predictions.checked(prediction_type)
-    path = hub.local(path, weights)
+    path = hub.local(path, weights.partition(":")[0])
     kind = detect.detect(path)
+    if kind != "native" and ":" in weights:
+        raise ValueError(f"weights={weights!r} is for workdirs of ours, and {path} is none: say 'ema' or 'raw'")
     if config is not None and kind != "single_file":
         raise ValueError(f"config= is for single files, and {path} is a folder, which says its own: leave it out")
     without = ("vae",) * (vae is not None) + ("text_encoder", "text_encoder_2") * (text_encoder is not None)

@@ -1,34 +1,40 @@
 """Our own checkpoints: training states, written by Orbax in the background, whole or not at all.
 
-    DIRECTORY/<step>/state   the arrays, a pytree with at least `params`; `ema` averages all or some of the same tree
-    DIRECTORY/<step>/data    where the data stood, one entry per process
+    DIRECTORY/<step>/state   the arrays, a pytree with at least `params`; `ema` averages all or some of the same tree,
+                             and `averages` holds more of them by their decay: {"0.999": ...}
+    DIRECTORY/<step>/data    JSON: where the data stood, the same for every process
     DIRECTORY/<step>/meta    JSON: {"spec": ModelSpec.to_dict(), "step": ..., "tokenizer": a folder beside it or null}
+    DIRECTORY/<step>/manifest.json   size and checksum of each of these files, see checkpoints/manifest.py
 
-Orbax renames a step's folder once all of it is written, so a killed run leaves no half checkpoint that looks whole.
+Orbax renames a step's folder once all of it is written, so a killed run leaves no half checkpoint that looks whole;
+what a disk does to a whole one, the manifest tells. A damaged one is renamed to <step>.damaged, never removed.
 This is the one file that knows Orbax (its v0 interface, until v1 settles).
 """
 
-import base64
 import dataclasses
 import errno
+import itertools
 import json
 import logging
 import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from sd_jax.checkpoints import manifest
 from sd_jax.checkpoints.aside import remove_unfinished
 from sd_jax.checkpoints.errors import CheckpointError, listing
 from sd_jax.types import Params
 
 _BIN = ".removed"
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -50,25 +56,18 @@ class Checkpoints:
         self.best = best
         self._ocp = ocp
         self._saving: int | None = None  # the step being written in the background
-        policies = ocp.checkpoint_managers.preservation_policy
-        keepers = [policies.LatestN(keep)]
-        if best is not None:
-            keepers.append(
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[best],
-                    reverse=True,  # the last of a descending order
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+        self._values: dict[int, float] = {}  # of the metric `best`, by step
         options = ocp.CheckpointManagerOptions(
             create=True,
-            preservation_policy=policies.AnyPreservationPolicy(keepers),
+            preservation_policy=_Keep(keep, self._values),
             todelete_subdir=_BIN,  # moved there at once, then removed by us: a kill leaves no half-removed step
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest),
         )
         try:
             self._remove_half_written("*")
             self._empty_bin()
+            for step in self.all_steps():
+                self._hear(step, _metrics_of(self.directory / str(step)))
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
             raise OSError(error.errno, f"no checkpoints can be kept here: {error.strerror}", str(directory)) from error
@@ -77,7 +76,7 @@ class Checkpoints:
         self,
         step: int,
         state: Any,  # a pytree of arrays; random keys belong into it as numbers, not as typed keys
-        data_state: Any = None,  # where the data stands, of this process: JSON or bytes
+        data_state: Mapping[str, Any] | None = None,  # where the data stands, for all processes
         meta: Mapping[str, Any] | None = None,  # what a reader must know of the model (see above)
         metrics: Mapping[str, float | int] | None = None,
     ) -> bool:
@@ -92,14 +91,13 @@ class Checkpoints:
         args = self._ocp.args
         items = args.Composite(
             state=args.StandardSave(state),
-            data=args.JsonSave({"processes": _of_all_processes(_encode(data_state))}),
+            data=args.JsonSave(dict(data_state or {})),
             meta=args.JsonSave({**(meta or {}), "step": step, "metrics": dict(metrics or {})}),
         )
-        value = (metrics or {}).get(self.best) if self.best else None
-        kept = None if value is None else {self.best: _finite(value)}
         try:
             self._saving = step
-            return self._manager.save(step, args=items, metrics=kept, force=True)
+            self._hear(step, metrics or {})
+            return self._manager.save(step, args=items, force=True)
         except Exception as error:
             raise self._failed(error) from error
 
@@ -119,36 +117,43 @@ class Checkpoints:
         self._saving = None
         self._empty_bin()
 
-    def restore(self, step: int | None = None, like: Any = None) -> tuple[Any, Any]:
-        """-> the state, laid out as `like` (arrays or ShapeDtypeStructs with shardings), and this process' data state.
+    def restore(self, step: int | None = None, like: Any = None) -> tuple[Any, dict[str, Any] | None]:
+        """-> the state, laid out as `like` (arrays or ShapeDtypeStructs with shardings), and where the data stood.
 
-        step: None = the latest. Raises FileNotFoundError where there is none, CheckpointError where it is another tree.
+        step: None = the newest that is whole. Damaged ones that are newer are named in a warning and renamed to
+        <step>.damaged, so that their steps can be written again; every process of a run goes back to the same step.
+        Raises FileNotFoundError where there is none, CheckpointError where it is another tree, or all are damaged.
         """
-        step = self._existing(step)
-        _check_alike(_state_metadata(self.directory / str(step)), like, self.directory / str(step))
-        args = self._ocp.args
-        items = args.Composite(state=args.StandardRestore(like), data=args.JsonRestore())
+        self.wait()
+        step = self._newest_whole() if step is None else self._existing(step)
+        folder = self.directory / str(step)
+        _check_alike(_state_metadata(folder), like, folder)
+        handler = self._ocp.StandardCheckpointHandler()
         try:
-            restored = self._manager.restore(step, args=items)
+            with self._ocp.Checkpointer(handler) as checkpointer:
+                state = checkpointer.restore(folder / "state", args=self._ocp.args.StandardRestore(like))
         except Exception as error:
-            raise _damaged(self.directory / str(step), error) from error
-        return restored["state"], _of_this_process(restored["data"]["processes"], self.directory / str(step))
+            raise _damaged(folder, error) from error
+        return state, _read_json(folder, "data") or None
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
-        return _read_meta(self.directory / str(self._existing(step)))
+        return _read_json(self.directory / str(self._existing(step)), "meta")
 
     def all_steps(self) -> list[int]:
-        """Those that are whole, ascending."""
-        return _steps(self.directory)
+        """Those that were written, ascending; only `restore` looks whether they are still whole."""
+        return _written(self.directory)
 
     def latest_step(self) -> int | None:
         return max(self.all_steps(), default=None)
 
+    def any_step(self) -> bool:
+        """Whether there is anything to go on from; the same in all processes, whatever each sees of a shared disk."""
+        return bool(_of_first_process(len(self.all_steps())))
+
     def best_step(self) -> int | None:
         """The step at which the metric `best` was lowest, of those that are kept."""
-        said = {step: self.meta(step)["metrics"] for step in self.all_steps()}
-        values = {step: _finite(metrics[self.best]) for step, metrics in said.items() if self.best in metrics}
-        return min(values, key=values.get, default=None)
+        there = set(self.all_steps())
+        return min((step for step in self._values if step in there), key=self._values.get, default=None)
 
     def close(self) -> None:
         """Waits for the last save. Raises OSError if it failed."""
@@ -158,7 +163,45 @@ class Checkpoints:
             self._manager.close()
 
     def _existing(self, step: int | None) -> int:
-        return _choose(self.directory, step)
+        return _choose(self.directory, self.all_steps(), step)
+
+    def _hear(self, step: int, metrics: Mapping[str, float | int]) -> None:
+        if self.best in metrics:
+            self._values[step] = _finite(metrics[self.best])
+
+    def _write_manifest(self) -> None:
+        """Called by Orbax, on the first process, once all of a step is written and before it is renamed."""
+        for folder in self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+            manifest.write(folder)
+
+    def _newest_whole(self) -> int:
+        damaged: dict[int, str] = {}
+        while True:
+            steps = [step for step in self.all_steps() if step not in damaged]
+            step = _of_first_process(max(steps, default=-1))
+            if step < 0:
+                break
+            reason = manifest.damage(self.directory / str(step), jax.process_index(), jax.process_count())
+            if not _in_any_process(reason is not None):
+                self._set_aside(damaged, step)
+                return step
+            damaged[step] = reason or "another process says so"
+        if not damaged:
+            self._existing(None)  # which raises
+        said = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+        raise CheckpointError(f"{self.directory}: every checkpoint is damaged, there is none to go on from ({said})")
+
+    def _set_aside(self, damaged: Mapping[int, str], step: int) -> None:
+        for bad, reason in damaged.items():
+            self._values.pop(bad, None)
+            if jax.process_index() == 0:
+                aside = _free(self.directory / f"{bad}.damaged")
+                (self.directory / str(bad)).rename(aside)
+                logger.warning("the checkpoint of step %d is damaged (%s): going on from step %d", bad, reason, step)
+                logger.warning("the damaged checkpoint is kept as %s: remove it when you like", aside)
+        if damaged:
+            _of_first_process(step)  # the others wait until it has renamed them
+            self._manager.reload()
 
     def _remove_half_written(self, step: int | str | None) -> None:
         """What a failed save or a killed run left of `step` ("*" = of any)."""
@@ -195,40 +238,53 @@ class Checkpoints:
 def read_params(
     directory: Path,
     step: int | None = None,  # None = the latest
-    weights: str = "ema",  # "ema": averages where there are any; "raw": what was trained
+    weights: str = "ema",  # "ema": averages where there are any; "raw": what was trained; "ema:0.999": another average
     dtype: np.dtype | None = None,  # of floats; None = as they are stored
     without: tuple[str, ...] = (),  # parts to leave out
 ) -> tuple[Params, dict[str, Any], int, str]:
-    """-> the parameters alone as NumPy arrays, the meta, the step, and which weights they are ("ema" or "raw").
+    """-> the parameters alone as NumPy arrays, the meta, the step, and which weights they are ("raw": no average).
 
     Works while a run is writing to the same directory.
-    Raises FileNotFoundError where there is no such step, CheckpointError where it is damaged.
+    Raises FileNotFoundError where there is no such step, CheckpointError where it is damaged or has no such average.
     """
     import orbax.checkpoint as ocp
 
     _quieten_orbax()
-    step = _choose(directory, step)
+    step = _choose(directory, _steps(directory), step)
     folder = directory / str(step)
-    meta, stored = _read_meta(folder), _state_metadata(folder)
+    meta, stored = _read_json(folder, "meta"), _state_metadata(folder)
 
-    # Which of the two trees each leaf is taken from
-    places = []
-    for path in (path for path in stored if path[0] == "params" and path[1] not in without):
-        averaged = ("ema", *path[1:])
-        places.append(averaged if weights == "ema" and averaged in stored else path)
+    # Which tree each leaf is taken from: an average need not have them all
+    average = _average(weights, stored, folder)
+    places = {}
+    for name in (path[1:] for path in stored if path[0] == "params" and path[1] not in without):
+        averaged = (*average, *name)
+        places[averaged if average and averaged in stored else ("params", *name)] = name
     if not places:
         raise CheckpointError(f"{folder}: no parameters are in it")
 
     params = {}
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            for group in _groups(places, stored):
+            for group in _groups(list(places), stored):
                 restored = checkpointer.restore(folder / "state", args=_only(group, stored, dtype))
                 for path in group:
-                    _put(params, path[1:], _get(restored, path))
+                    _put(params, places[path], _get(restored, path))
     except Exception as error:
         raise _damaged(folder, error) from error
-    return params, meta, step, "ema" if any(path[0] == "ema" for path in places) else "raw"
+    return params, meta, step, weights if any(path[0] != "params" for path in places) else "raw"
+
+
+def _average(weights: str, stored: Mapping, folder: Path) -> tuple[str, ...]:
+    """Where the average of that name is; () = nowhere, the trained weights are asked for."""
+    _, another, decay = weights.partition(":")
+    if not another:
+        return ("ema",) if weights == "ema" else ()
+    decays = sorted({path[1] for path in stored if path[0] == "averages"})
+    if decay not in decays:
+        there = ", ".join(["raw", "ema", *(f"ema:{decay}" for decay in decays)])
+        raise CheckpointError(f"{folder}: no average weights={weights!r} is in it, only {there}")
+    return ("averages", decay)
 
 
 def _groups(paths: list, stored: Mapping) -> list[list]:
@@ -260,15 +316,17 @@ def _only(paths: list, stored: Mapping, dtype: np.dtype | None) -> Any:
 # What is on the disk
 
 
+def _written(directory: Path) -> list[int]:
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+
+
 def _steps(directory: Path) -> list[int]:
-    if not directory.is_dir():
-        return []
-    found = [path for path in directory.iterdir() if path.name.isdigit()]
-    return sorted(int(p.name) for p in found if (p / "state").is_dir() and (p / "meta" / "metadata").is_file())
+    """Those that can be read, as far as can be seen at a glance."""
+    found = {step: directory / str(step) for step in _written(directory)}
+    return [step for step, p in found.items() if (p / "state").is_dir() and (p / "meta" / "metadata").is_file()]
 
 
-def _choose(directory: Path, step: int | None) -> int:
-    steps = _steps(directory)
+def _choose(directory: Path, steps: list[int], step: int | None) -> int:
     if not steps:
         raise FileNotFoundError(f"no finished checkpoint is in {directory}")
     if step is not None and step not in steps:
@@ -276,11 +334,25 @@ def _choose(directory: Path, step: int | None) -> int:
     return steps[-1] if step is None else step
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
+def _read_json(folder: Path, item: str) -> dict[str, Any]:
     try:
-        return json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))
+        return json.loads((folder / item / "metadata").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _damaged(folder, error) from error
+
+
+def _metrics_of(folder: Path) -> dict[str, Any]:
+    """Empty where it is damaged: that is for `restore` to tell."""
+    try:
+        return _read_json(folder, "meta")["metrics"]
+    except (CheckpointError, KeyError):
+        return {}
+
+
+def _free(path: Path) -> Path:
+    """`path`, or with a number where that is taken."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}-{i}") for i in itertools.count(2)))
+    return next(name for name in names if not name.exists())
 
 
 def _state_metadata(folder: Path) -> dict[tuple[str, ...], Any]:
@@ -346,36 +418,40 @@ def _get(tree: dict, path: tuple[str, ...]) -> Any:
     return tree
 
 
-# Where the data stood
+# Several processes
 
 
-def _encode(state: Any) -> Any:
-    return {"base64": base64.b64encode(state).decode()} if isinstance(state, bytes) else {"json": state}
-
-
-def _of_all_processes(entry: Any) -> list:
-    """Every process' entry, in each process: Orbax writes JSON on the first one only."""
+def _of_first_process(number: int) -> int:
     if jax.process_count() == 1:
-        return [entry]
+        return number
     from jax.experimental import multihost_utils
 
-    text = np.frombuffer(json.dumps(entry).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.array([text.size], np.int32)).reshape(-1)
-    texts = multihost_utils.process_allgather(np.pad(text, (0, int(lengths.max()) - text.size)))
-    return [json.loads(bytes(t[:n])) for t, n in zip(texts.reshape(len(lengths), -1), lengths, strict=True)]
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
-def _of_this_process(entries: list, folder: Path) -> Any:
-    if len(entries) == jax.process_count():
-        entry = entries[jax.process_index()]
-    elif all(entry == entries[0] for entry in entries):
-        entry = entries[0]
-    else:
-        raise CheckpointError(
-            f"{folder}: written by {len(entries)} processes whose data stood at different places; "
-            f"{jax.process_count()} cannot go on from there"
-        )
-    return base64.b64decode(entry["base64"]) if "base64" in entry else entry["json"]
+def _in_any_process(is_so: bool) -> bool:
+    if jax.process_count() == 1:
+        return is_so
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.array([is_so])).any())
+
+
+# Which are kept
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keep:
+    """The newest and the best; Orbax's own policies forget over a restart which one was best."""
+
+    newest: int
+    values: Mapping[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = min((step for step in steps if step in self.values), key=self.values.get, default=None)
+        kept = {*sorted(steps)[-self.newest :], best}
+        return [step in kept for step in steps]
 
 
 # Silence

@@ -6,11 +6,13 @@ import os
 import pathlib
 from collections.abc import Iterator
 from logging import getLogger
-from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
 
 from sd_jax import media
 from sd_jax.data import DataError, fingerprints, headers
-from sd_jax.data.captions import CAPTION_KEYS, IMAGE_KEYS, choose_key, texts_of
+from sd_jax.data.captions import CAPTION_KEYS, IMAGE_KEYS, choose_key, choose_keys, texts_of
 
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -45,7 +47,7 @@ class FolderSource:
         root: pathlib.Path,
         files: list[str],  # of `pictures_in`
         image_key: str,  # the column of metadata with the file's name, where it is not `file_name`
-        caption_key: str,  # the column of metadata with the caption; "" = no captions at all
+        caption_key: str,  # the columns of metadata with captions, joined by commas; "" = no captions at all
         at_least: int | None = None,  # as `media.decode_image` takes it
     ):
         self._root, self._at_least = root, at_least
@@ -59,11 +61,11 @@ class FolderSource:
         if not self._files:
             raise DataError(f"data.path={str(root)!r} holds no pictures ({', '.join(PICTURES)})")
         texts = {f for f in files if f.endswith(".txt")}
-        # What a caption is found by: the value in the metadata, or the path of a .txt file
+        # Where captions are: in the metadata, or in a .txt file
         self._listed = listed
         self._texts = {f: text for f in self._files if f not in listed and (text := _beside(f)) in texts}
         if self._captioned:
-            silent = sum(not (texts_of(listed[f]) if f in listed else f in self._texts) for f in self._files)
+            silent = sum(not (any(listed[f]) if f in listed else f in self._texts) for f in self._files)
             if silent:
                 logger.warning(
                     "%d of %d pictures in %s have no caption: theirs is empty", silent, len(self._files), root
@@ -73,24 +75,26 @@ class FolderSource:
         return len(self._files)
 
     def __getitem__(self, index: int) -> dict:
-        path = self._root / self._files[index]
-        pixels = media.decode_image(path, at_least=self._at_least)
-        texts = self.texts(index)
-        record = {"pixels": pixels, "caption": texts[0] if texts else "", "index": index}
-        return {**record, "captions": texts} if len(texts) > 1 else record
+        pixels = media.decode_image(self._root / self._files[index], at_least=self._at_least)
+        return {"pixels": pixels, "fields": self.fields(index), "index": index}
 
-    def texts(self, index: int) -> tuple[str, ...]:
+    def fields(self, index: int) -> tuple[tuple[str, ...], ...]:
+        """Of a .txt file one field alone."""
         file = self._files[index]
         if not self._captioned:
             return ()
         if file in self._listed:
-            return texts_of(self._listed[file])
+            return self._listed[file]
         if file not in self._texts:
-            return ()
+            return ((),)
         try:
-            return texts_of((self._root / self._texts[file]).read_bytes())
+            return (texts_of((self._root / self._texts[file]).read_bytes()),)
         except OSError:  # it was there when the folder was read
-            return ()
+            return ((),)
+
+    def sizes(self) -> Int64[np.ndarray, "records 2"]:
+        paths = [self._root / file for file in self._files]
+        return headers.sizes(lambda index: headers.size(paths[index], str(paths[index])), np.arange(len(paths)))
 
     def full_size(self, index: int) -> tuple[int, int] | None:
         return headers.full_size(self._root / self._files[index])
@@ -128,9 +132,9 @@ def _beside(file: str) -> str:
 
 def _read_metadata(
     root: pathlib.Path, files: list[str], image_key: str, caption_key: str
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """(file -> caption for all that is listed, the folders that metadata files lie in, as prefixes of paths)."""
-    listed: dict[str, Any] = {}
+) -> tuple[dict[str, tuple[tuple[str, ...], ...]], tuple[str, ...]]:
+    """(file -> captions for all that is listed, the folders that metadata files lie in, as prefixes of paths)."""
+    listed: dict[str, tuple[tuple[str, ...], ...]] = {}
     folders = []
     for file in files:
         if os.path.basename(file) not in METADATA:
@@ -145,13 +149,14 @@ def _read_metadata(
             if "file_name" in columns
             else choose_key(image_key, columns, ("file_name", *IMAGE_KEYS), "data.image_key", where)
         )
-        texts = choose_key(caption_key, columns, CAPTION_KEYS, "data.caption_key", where) if caption_key else ""
+        texts = choose_keys(caption_key, columns, CAPTION_KEYS, "data.caption_key", where)
         folder = file[: -len(os.path.basename(file))]
         folders.append(folder)
         for number, row in enumerate(rows, start=1):
             if not row.get(names):
                 raise DataError(f"{where}: record {number} has no {names}")
-            listed[os.path.normpath(folder + str(row[names])).replace(os.sep, "/")] = row.get(texts)
+            picture = os.path.normpath(folder + str(row[names])).replace(os.sep, "/")
+            listed[picture] = tuple(texts_of(row.get(column)) for column in texts)
     return listed, tuple(folders)
 
 

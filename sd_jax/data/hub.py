@@ -10,9 +10,12 @@ from collections.abc import Iterable, Iterator
 from logging import getLogger
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int64
+
 from sd_jax import media
 from sd_jax.data import DataError, fingerprints, headers
-from sd_jax.data.captions import CAPTION_KEYS, IMAGE_KEYS, choose_key, texts_of
+from sd_jax.data.captions import CAPTION_KEYS, IMAGE_KEYS, choose_key, choose_keys, texts_of
 
 # How `datasets` calls its readers
 READERS = {
@@ -23,7 +26,9 @@ READERS = {
     ".json": "json",
     ".csv": "csv",
 }
+SIZE_KEYS = ("height", "image_height", "json.height"), ("width", "image_width", "json.width")  # in any case
 _COUNTED = 1_000_000  # records whose captions are looked at when a set is opened
+_PROBED = 8  # records whose headers are held against columns of sizes
 _MEND = "give a folder of pictures, a parquet, arrow or tar file, or the name of a data set on the hub"
 
 logger = getLogger(__name__)
@@ -48,7 +53,7 @@ class DatasetSource:
         name: str,  # what errors call it
         base: pathlib.Path,  # what file names in it are relative to
         image_key: str,
-        caption_key: str,  # may be nested, "json.caption"; "" = no captions
+        caption_key: str,  # names joined by commas; each may be nested, "json.caption"; "" = no captions
         at_least: int | None = None,  # as `media.decode_image` takes it
     ):
         import datasets
@@ -60,15 +65,15 @@ class DatasetSource:
         self._image_key = choose_key(image_key, columns, IMAGE_KEYS, "data.image_key", where)
         if isinstance(dataset.features[self._image_key], datasets.Image):
             dataset = dataset.cast_column(self._image_key, datasets.Image(decode=False))
-        self._caption_path: list[str] = []
-        if caption_key:
-            every = [*columns, *_nested(dataset.features)]
-            caption_key = choose_key(caption_key, every, CAPTION_KEYS, "data.caption_key", where)
-            self._caption_path = [caption_key] if caption_key in columns else caption_key.split(".")
+        every = [*columns, *_nested(dataset.features)]
+        keys = choose_keys(caption_key, every, CAPTION_KEYS, "data.caption_key", where)
+        self._caption_paths = [_path(key, columns) for key in keys]
+        self._size_paths = [_path(key, columns) for names in SIZE_KEYS if (key := _alias(names, every))]
         named = ["__key__"] if "__key__" in columns else []
-        self._texts = dataset.select_columns(self._caption_path[:1])
-        kept = dict.fromkeys([self._image_key, *self._caption_path[:1], *named])
-        self._records = dataset.select_columns(list(kept))
+        first = [path[0] for path in self._caption_paths]
+        self._texts = dataset.select_columns(list(dict.fromkeys(first)))
+        self._records = dataset.select_columns(list(dict.fromkeys([self._image_key, *first, *named])))
+        self._sizes = dataset.select_columns(list(dict.fromkeys(path[0] for path in self._size_paths)))
         self._name, self._base, self._at_least = name, base, at_least
         self._tell_of_empty_captions()
 
@@ -77,13 +82,29 @@ class DatasetSource:
 
     def __getitem__(self, index: int) -> dict:
         row = self._records[int(index)]
-        pixels = self._decode(row, index)
-        texts = self._read_texts(row)
-        record = {"pixels": pixels, "caption": texts[0] if texts else "", "index": index}
-        return {**record, "captions": texts} if len(texts) > 1 else record
+        pixels = media.decode_image(*self._picture(row, index), self._at_least)
+        return {"pixels": pixels, "fields": self._read_fields(row), "index": index}
 
-    def texts(self, index: int) -> tuple[str, ...]:
-        return self._read_texts(self._texts[int(index)]) if self._caption_path else ()
+    def fields(self, index: int) -> tuple[tuple[str, ...], ...]:
+        return self._read_fields(self._texts[int(index)]) if self._caption_paths else ()
+
+    def sizes(self) -> Int64[np.ndarray, "records 2"]:
+        """Of columns of heights and widths, where some records' headers agree with them; else of all headers."""
+        size_of = lambda index: headers.size(*self._picture(self._records[index], index))  # noqa: E731
+        result = np.zeros((len(self), 2), np.int64)
+        if len(self._size_paths) == 2:
+            for axis, path in enumerate(self._size_paths):
+                result[:, axis] = _whole_numbers(self._sizes, path)
+            told = np.flatnonzero((result > 0).all(1))
+            probed = told[np.linspace(0, len(told) - 1, min(len(told), _PROBED)).astype(np.int64)]
+            seen = headers.sizes(size_of, probed)
+            if not np.array_equal(result[probed][seen[:, 0] > 0], seen[seen[:, 0] > 0]):
+                names = " and ".join(".".join(path) for path in self._size_paths)
+                logger.warning("%s: the columns %s are not the sizes of its pictures", self._name, names)
+                result[:] = 0
+        unknown = np.flatnonzero((result <= 0).any(1))
+        result[unknown] = headers.sizes(size_of, unknown) if len(unknown) else 0
+        return result
 
     def full_size(self, index: int) -> tuple[int, int] | None:
         path, data = self._file(self._records[int(index)])
@@ -94,7 +115,8 @@ class DatasetSource:
         files = [pathlib.Path(file["filename"]) for file in self._records.cache_files]
         return fingerprints.digest(fingerprints.of_files(files), self._name, self._image_key, str(len(self)))
 
-    def _decode(self, row: dict, index: int) -> media.Picture:
+    def _picture(self, row: dict, index: int) -> tuple[bytes | pathlib.Path, str]:
+        """A record's picture, in memory or as a file, and what it is called. Raises BadImage where there is none."""
         path, data = self._file(row)
         name = f"{self._name}, record {index}"
         if path or row.get("__key__"):
@@ -103,7 +125,7 @@ class DatasetSource:
             value = row[self._image_key]
             what = "is empty" if value is None else f"holds {type(value).__name__}, not a picture"
             raise media.BadImage(name, f"column {self._image_key} {what}")
-        return media.decode_image(self._base / path if data is None else data, name, self._at_least)
+        return self._base / path if data is None else data, name
 
     def _file(self, row: dict) -> tuple[str | None, bytes | None]:
         """(path, content) of a record's picture; where there is content, the path only names it."""
@@ -116,19 +138,49 @@ class DatasetSource:
         import pyarrow
         import pyarrow.compute
 
-        if len(self._caption_path) != 1 or self._texts.features[self._caption_path[0]].pa_type != pyarrow.string():
-            return
-        texts = self._texts.data.column(self._caption_path[0]).slice(0, _COUNTED)
+        columns = self._texts.column_names
+        if [list(columns)] != self._caption_paths or self._texts.features[columns[0]].pa_type != pyarrow.string():
+            return  # several, or in another: then this costs too much
+        texts = self._texts.data.column(columns[0]).slice(0, _COUNTED)
         spoken = pyarrow.compute.utf8_length(pyarrow.compute.utf8_trim_whitespace(texts))
         silent = len(texts) - (pyarrow.compute.sum(pyarrow.compute.greater(spoken, 0)).as_py() or 0)
         if silent:
             logger.warning("%d of %d records of %s have no caption: theirs is empty", silent, len(texts), self._name)
 
-    def _read_texts(self, row: dict) -> tuple[str, ...]:
-        value: Any = row
-        for key in self._caption_path:
-            value = value.get(key) if isinstance(value, dict) else None
-        return () if value is row else texts_of(value)
+    def _read_fields(self, row: dict) -> tuple[tuple[str, ...], ...]:
+        return tuple(texts_of(_value(row, path)) for path in self._caption_paths)
+
+
+def _value(row: Any, path: list[str]) -> Any:
+    for key in path:
+        row = row.get(key) if isinstance(row, dict) else None
+    return row
+
+
+def _path(key: str, columns: Iterable[str]) -> list[str]:
+    """Where a column is, which may be inside of another."""
+    return [key] if key in columns else key.split(".")
+
+
+def _alias(names: Iterable[str], columns: list[str]) -> str | None:
+    """The column that is called by the first of `names`, or in another case by it; None where none is."""
+    lower = {column.lower(): column for column in reversed(columns)}
+    return next((name if name in columns else lower[name] for name in names if name in lower), None)
+
+
+def _whole_numbers(dataset, path: list[str]) -> Int64[np.ndarray, " records"]:
+    """A column of numbers; 0 where it has none."""
+    import pyarrow
+    import pyarrow.compute
+
+    column = dataset.with_format("arrow")[:].column(path[0])
+    for key in path[1:]:
+        column = pyarrow.compute.struct_field(column, key)
+    try:
+        column = pyarrow.compute.cast(column, pyarrow.int64(), safe=False)
+    except pyarrow.ArrowException:
+        return np.zeros(len(column), np.int64)
+    return pyarrow.compute.fill_null(column, 0).to_numpy()
 
 
 def _nested(features: dict) -> Iterable[str]:

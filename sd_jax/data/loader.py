@@ -1,31 +1,36 @@
 """Records -> batches, in an order that a seed decides and a checkpoint resumes exactly.
 
-The data are an endless stream: every epoch is one shuffle of all records, and the n-th global batch is places
-[n * batch_size, (n + 1) * batch_size) of it, of which each process takes its own block. What is drawn for an example
-(crop, flip, which caption) hangs on the seed, the record and its place in the stream, not on threads or time. A record
-that cannot be read is left out, counted and named; the stream closes up behind it.
+The data are an endless stream of global batches, each of pictures of one size (`order.py`); the n-th holds the places
+[n * batch_size, (n + 1) * batch_size) of the stream, of which each process takes its own block. What is drawn for an
+example (crop, flip, which caption) hangs on the seed, the record and its place in the stream, not on threads or hosts.
+A record that cannot be read is counted and named, and another one of its size comes in its place, so no place moves.
 """
 
 import collections
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from logging import getLogger
 from typing import Any
 
 import jax
 import numpy as np
 
-from sd_jax.data import DataError
-from sd_jax.data.sources import Config, Source
+from sd_jax.data import DataError, captions
+from sd_jax.data.buckets import Assignment, Size
+from sd_jax.data.order import Order
+from sd_jax.data.sources import Config, Source, assign_sizes
 from sd_jax.data.transforms import draws, fit, time_ids
 from sd_jax.media import BadImage
 
 Batch = dict[str, np.ndarray]
 Tokenize = Callable[[Sequence[str]], np.ndarray]  # captions -> int32 [batch, tokens]
 
-_ENDLESS = 2**62
+_AHEAD = 2  # batches that are prepared while one is used
 _JUDGED_AFTER = 100  # records; from then on a run in which most of them are bad ends
+_TRIES = 100  # bad records of one size in a row, after which a run ends
 
 logger = getLogger(__name__)
 
@@ -49,10 +54,10 @@ class BadFiles:
             new = error.name not in self.names
             self.names[error.name] = error.reason
             self._num_bad += 1
-            good, bad = self._num_good, self._num_bad
+            good, bad, different = self._num_good, self._num_bad, len(self.names)
         if new:
             logger.warning("left out %s", error)
-        if good == 0 and bad >= self._num_records:
+        if good == 0 and different >= self._num_records:
             raise DataError(f"not one of {self._num_records} pictures can be read, e.g. {error}: see data.path")
         if good + bad >= _JUDGED_AFTER and bad > good:
             raise DataError(
@@ -65,11 +70,12 @@ class BadFiles:
 
 
 class Loader:
-    """An endless iterator of this process' batches.
+    """An endless iterator of this process' batches; `sizes` are the (height, width) that its pictures come in.
 
-    A batch is {"pixels": uint8 [b, r, r, 3], "input_ids": int32 [b, tokens], "index": int64 [b]}; where latents are
-    cached "moments" (float32 [b, h, w, 2c]) stands for pixels, without a tokenizer there are no ids, and a model that
-    reads them has "time_ids" as well (float32 [b, numbers], see `transforms.time_ids`).
+    A batch is {"pixels": uint8 [b, h, w, 3], "input_ids": int32 [b, tokens], "index": int64 [b]}; where latents are
+    cached "moments" (float32 [b, h/f, w/f, 2c]) stands for pixels, where text is cached "context" [b, tokens, width]
+    and, if there is any, "pooled" [b, width] stand for ids, without a tokenizer there are none, and a model that reads
+    them has "time_ids" as well (float32 [b, numbers], see `transforms.time_ids`).
     """
 
     def __init__(
@@ -77,71 +83,109 @@ class Loader:
         source: Source,
         tokenize: Tokenize | None,
         config: Config,
+        assignment: Assignment,
         process_index: int,
         process_count: int,
         num_time_ids: int,
     ):
-        import grain
-
         if config.batch_size % process_count:
             raise ValueError(f"batch_size={config.batch_size} does not divide into {process_count} processes")
-        if not len(source):
-            raise DataError(f"data.path={config.data.path!r} holds no records")
+        if len(assignment.of_record) != len(source):
+            raise ValueError(f"an assignment of {len(assignment.of_record)} records for a source of {len(source)}")
+        self.sizes = assignment.sizes
         self.bad_files = BadFiles(len(source))
-        self._num_records, self._process_count = len(source), process_count
-        prepare = _Preparation(source, tokenize, config, self.bad_files, num_time_ids)
-        order = grain.MapDataset.range(len(source)).shuffle(seed=config.seed % 2**32).repeat()
-        places = _Places(order, config.batch_size, process_index, process_count)
+        self._num_records, self._batch_size, self._seed = len(source), config.batch_size, config.seed
         share = config.batch_size // process_count
-        workers = config.data.num_workers
-        threads = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * max(share, workers) if workers else 0)
-        examples = grain.MapDataset.source(places).map(prepare).to_iter_dataset(threads)  # drops what is None
-        self._batches = iter(examples.batch(share, drop_remainder=True))
+        self._slots = np.arange(process_index * share, (process_index + 1) * share)  # of each global batch, ours
+        self._order = Order(assignment, config.batch_size, config.seed)
+        self._prepare = _Preparation(source, tokenize, config, num_time_ids)
+        self._workers = config.data.num_workers
+        self._pool = ThreadPoolExecutor(self._workers, "loader") if self._workers else None
+        self._ahead: collections.deque[list[Callable[[], Batch]]] = collections.deque()
+        self._used = 0  # global batches
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> Batch:
-        try:
-            return next(self._batches)
-        except DataError as error:
-            raise DataError(str(error).split("\n")[0]) from error  # grain adds lines on how to debug grain
+        while len(self._ahead) < (1 + _AHEAD if self._workers else 1):
+            self._ahead.append(self._start(self._used + len(self._ahead)))
+        parts = [result() for result in self._ahead.popleft()]
+        self._used += 1
+        return parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+    def _start(self, n: int) -> list[Callable[[], Batch]]:
+        """Hands the n-th batch to the threads, in parts, whose results are to be called for."""
+        number, records = self._order.batch(n)
+        parts = np.array_split(self._slots, max(min(self._workers, len(self._slots)), 1))
+        tasks = [functools.partial(self._part, number, records[slots], n * self._batch_size + slots) for slots in parts]
+        return [self._pool.submit(task).result for task in tasks] if self._pool else tasks
+
+    def _part(self, number: int, records: np.ndarray, places: np.ndarray) -> Batch:
+        examples = [self._good_example(number, int(r), int(p)) for r, p in zip(records, places, strict=True)]
+        return self._prepare.batch(examples)
+
+    def _good_example(self, number: int, record: int, place: int) -> dict[str, Any]:
+        """The example of a record at a place of the stream; if it is bad, that of another of its size."""
+        for attempt in range(1, _TRIES + 1):
+            try:
+                example = self._prepare.example(record, self.sizes[number], place)
+            except BadImage as error:
+                self.bad_files.bad(error)
+                last = error
+            else:
+                self.bad_files.good()
+                return example
+            members = self._order.members[number]
+            record = int(members[np.random.default_rng((self._seed % 2**32, place, attempt)).integers(len(members))])
+        height, width = self.sizes[number]
+        raise DataError(f"{_TRIES} pictures of size {height}x{width} in a row could not be read, the last was {last}")
 
     def get_state(self) -> dict[str, int]:
-        """Where the stream stands after the last batch; for a checkpoint."""
-        position = int(self._batches.get_state()["next_index"])
-        return {"position": position, "num_records": self._num_records, "process_count": self._process_count}
+        """Where the stream stands after the last batch, the same in every process; for a checkpoint."""
+        return {"images": self._used * self._batch_size, "num_records": self._num_records}
 
     def set_state(self, state: dict[str, int]) -> None:
-        position = int(state["position"])
         if state["num_records"] != self._num_records:
             logger.warning(
                 "the data had %d records when the run was saved and have %d now: it goes on in another order",
                 state["num_records"],
                 self._num_records,
             )
-        if state["process_count"] != self._process_count:
-            position = position * int(state["process_count"]) // self._process_count
-        self._batches.set_state({"next_index": position})
+        self._used, beyond = divmod(int(state["images"]), self._batch_size)
+        if beyond:
+            logger.warning(
+                "%d images, after which the run was saved, are no whole batches of %d: the last %d come again",
+                state["images"],
+                self._batch_size,
+                beyond,
+            )
+        self._ahead.clear()
 
     def close(self) -> None:
         """Stops the threads."""
-        self._batches.close()
+        self._ahead.clear()
+        if self._pool:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def make_loader(
     source: Source,
     tokenize: Tokenize | None,  # None = no ids (an autoencoder reads no captions)
     config: Config,
+    assignment: Assignment | None = None,  # of `buckets.assign`; None = made here
     process_index: int | None = None,  # None = as jax counts
     process_count: int | None = None,
     start_state: dict[str, int] | None = None,  # of `Loader.get_state`; None = from the beginning
     num_time_ids: int = 0,  # how many the model reads; of `ModelSpec`
 ) -> Loader:
     """Batches of `source` for training, endlessly. Raises DataError where there is nothing to train on."""
+    if not len(source):
+        raise DataError(f"data.path={config.data.path!r} holds no records")
     index = jax.process_index() if process_index is None else process_index
     count = jax.process_count() if process_count is None else process_count
-    loader = Loader(source, tokenize, config, index, count, num_time_ids)
+    assignment = assign_sizes(source, config) if assignment is None else assignment
+    loader = Loader(source, tokenize, config, assignment, index, count, num_time_ids)
     if start_state is not None:
         loader.set_state(start_state)
     return loader
@@ -155,7 +199,8 @@ def fixed_batches(
     process_count: int | None = None,
     num_time_ids: int = 0,
 ) -> Iterator[Batch]:
-    """This process' share of the first `config.eval_batches` batches of `source`: in order, cropped in the middle.
+    """This process' share of the first `config.eval_batches` batches of `source`: in order, squares from the middle,
+    the first captions.
 
     The same every time. Of a source smaller than a batch there is one smaller batch, of an empty one there is none. All
     processes get as many.
@@ -165,9 +210,20 @@ def fixed_batches(
     share = config.batch_size // count
     if not len(source):
         return
-    prepare = _Preparation(source, tokenize, config, BadFiles(len(source)), num_time_ids, random=False)
+    prepare, bad_files = _Preparation(source, tokenize, config, num_time_ids), BadFiles(len(source))
+
+    def read(places: Iterable[int]) -> Iterator[dict[str, Any]]:
+        for i in places:
+            try:
+                example = prepare.example(i, (config.data.resolution,) * 2, None)
+            except BadImage as error:
+                bad_files.bad(error)
+                continue
+            bad_files.good()
+            yield example
+
     places = [i for i in range(len(source)) if i % config.batch_size // share == index] or range(len(source))
-    examples = (example for i in itertools.cycle(places) if (example := prepare((0, i))) is not None)
+    examples = read(itertools.cycle(places))
     seen: set[int] = set()
     for _ in range(min(config.eval_batches, max(1, len(source) // config.batch_size))):
         batch = []
@@ -178,7 +234,7 @@ def fixed_batches(
             seen.add(int(example["index"]))
             batch.append(example)
         if batch:
-            yield {name: np.stack([example[name] for example in batch]) for name in batch[0]}
+            yield prepare.batch(batch)
 
 
 def prefetch(batches: Iterable[Batch], put: Callable[[Batch], Any], size: int = 2) -> Iterator[tuple[Any, Any]]:
@@ -197,61 +253,41 @@ def prefetch(batches: Iterable[Batch], put: Callable[[Batch], Any], size: int = 
         yield queue.popleft()
 
 
-class _Places:
-    """(place in the global stream, record) of this process' i-th example."""
-
-    def __init__(self, order, batch_size: int, process_index: int, process_count: int):
-        """`order` is grain's: order[place in the stream] is a record."""
-        self._order, self._batch_size = order, batch_size
-        self._share = batch_size // process_count
-        self._offset = process_index * self._share
-
-    def __len__(self) -> int:
-        return _ENDLESS
-
-    def __getitem__(self, i: int) -> tuple[int, int]:
-        batch, slot = divmod(i, self._share)
-        position = batch * self._batch_size + self._offset + slot
-        return position, int(self._order[position])
-
-
 class _Preparation:
-    """A place in the stream -> an example, or None where the record is bad."""
+    """A record -> an example; examples -> a batch."""
 
-    def __init__(
-        self,
-        source: Source,
-        tokenize: Tokenize | None,
-        config: Config,
-        bad_files: BadFiles,
-        num_time_ids: int,
-        random: bool = True,
-    ):
-        self._source, self._tokenize, self._bad_files, self._random = source, tokenize, bad_files, random
-        self._num_time_ids = num_time_ids
-        self._resolution, self._flip, self._seed = config.data.resolution, config.data.random_flip, config.seed
+    def __init__(self, source: Source, tokenize: Tokenize | None, config: Config, num_time_ids: int):
+        if config.data.crop not in ("random", "centre"):
+            raise ValueError(f"config.data.crop={config.data.crop!r}: choose random or centre")
+        captions.check(config.data)
+        self._source, self._tokenize, self._num_time_ids = source, tokenize, num_time_ids
+        self._data, self._seed = config.data, config.seed
+        self._random_crop, self._random_flip = config.data.crop == "random", config.data.random_flip
 
-    def __call__(self, place: tuple[int, int]) -> dict[str, np.ndarray] | None:
-        position, number = place
-        try:
-            record = self._source[number]
-        except BadImage as error:
-            self._bad_files.bad(error)
-            return None
-        self._bad_files.good()
-        rng = draws(self._seed, record["index"], position) if self._random else None
-        example = {"index": np.asarray(record["index"], np.int64)}
+    def example(self, number: int, size: Size, place: int | None) -> dict[str, Any]:
+        """The record at its place in the stream; at None with nothing random. Raises BadImage."""
+        record = self._source[number]
+        rng = None if place is None else draws(self._seed, record["index"], place)
+        example = {"index": np.int64(record["index"])}
+        # The caption is drawn first, so that it is the same one whether there is a crop to draw or not
+        if "contexts" in record:
+            k = int(rng.integers(len(record["contexts"]))) if rng is not None else 0
+            example |= {name: record[name + "s"][k] for name in ("context", "pooled") if name + "s" in record}
+        elif self._tokenize is not None:
+            example["caption"] = captions.choose(record["fields"], self._data, rng)
         if "moments" in record:
-            example |= {name: record[name] for name in ("moments", "time_ids") if name in record}
-        else:
-            fitted = fit(record["pixels"], self._resolution, rng, self._flip)
-            example["pixels"] = fitted.pixels
-            if self._num_time_ids:
-                size = self._source.full_size(number) or record["pixels"].shape[:2]
-                example["time_ids"] = time_ids(size, fitted.crop, self._resolution, self._num_time_ids)
-        if self._tokenize is not None:
-            caption = record["caption"]
-            if rng is not None and len(record.get("captions", ())) > 1:
-                caption = record["captions"][rng.integers(len(record["captions"]))]
-            example["input_ids"] = self._tokenize([caption])[0]
+            return example | {name: record[name] for name in ("moments", "time_ids") if name in record}
+        flip = rng is not None and self._random_flip and bool(rng.random() < 0.5)
+        fitted = fit(record["pixels"], size, rng if self._random_crop else None, flip)
+        example["pixels"] = fitted.pixels
+        if self._num_time_ids:
+            whole = self._source.full_size(number) or record["pixels"].shape[:2]
+            example["time_ids"] = time_ids(whole, fitted.crop, size, self._num_time_ids)
         return example
+
+    def batch(self, examples: Sequence[dict[str, Any]]) -> Batch:
+        """All of them stacked, with "input_ids" in place of "caption"."""
+        arrays = {name: np.stack([e[name] for e in examples]) for name in examples[0] if name != "caption"}
+        if "caption" in examples[0]:
+            arrays["input_ids"] = self._tokenize([example["caption"] for example in examples])
+        return arrays

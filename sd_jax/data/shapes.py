@@ -1,7 +1,8 @@
 """The shapes world: a drawn and captioned data set whose every attribute is known. numpy only.
 
 One or two things (8 shapes x 8 colours x 3 sizes x 9 places) on one of 8 backgrounds, at any resolution, anti-aliased.
-Example i of a data set is decided by (seed, split, i) and by nothing else.
+Example i of a data set is decided by (seed, split, i) and by nothing else. Pictures may be of several aspect ratios:
+the same scene then spreads over the whole of a wide or tall one, and a square cut out of that loses the ends.
 
 The shapes are those that a person names at a glance when they are 11 pixels across and soft: they differ in what
 survives blur, namely corners against roundness, a hole (ring), a bay (moon), a cleft (heart), and the number of arms
@@ -15,6 +16,7 @@ draw and the split "held_out" always draws: what a model makes of them shows whe
 
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Sequence
 from typing import SupportsIndex
@@ -36,7 +38,7 @@ COLOURS = {
     "pink": (248, 120, 190),
 }
 SIZES = ("small", "medium", "large")
-RADII = {"small": 0.17, "medium": 0.23, "large": 0.295}  # of a thing alone, as fractions of the side
+RADII = {"small": 0.17, "medium": 0.23, "large": 0.295}  # of a thing alone, as fractions of the shorter side
 RADII_OF_TWO = {"small": 0.14, "medium": 0.19}  # of things in pairs: two large ones would not fit
 OFFSETS = {"small": 0.27, "medium": 0.21, "large": 0.15}  # how far from the centre "left" or "top" is
 JITTER = 0.02  # half the range of every place, along each axis
@@ -75,8 +77,8 @@ class Thing:
     shape: str  # one of SHAPES
     colour: str  # one of COLOURS
     size: str  # one of SIZES
-    x: float  # centre, fraction of the side from the left
-    y: float  # centre, fraction of the side from the top
+    x: float  # centre, fraction of the width from the left
+    y: float  # centre, fraction of the height from the top
 
     @property
     def position(self) -> str:
@@ -96,7 +98,7 @@ class Scene:
     relation: str | None = None  # of the first thing to the second, one of RELATIONS; None for a thing alone
 
     def radius(self, thing: Thing) -> float:
-        """The radius as a fraction of the side: pairs are drawn smaller."""
+        """The radius as a fraction of the shorter side: pairs are drawn smaller."""
         return (RADII if len(self.things) == 1 else RADII_OF_TWO)[thing.size]
 
 
@@ -104,16 +106,19 @@ class Scene:
 
 
 @functools.lru_cache(maxsize=256)
-def _background_pixels(background: str, resolution: int) -> np.ndarray:
-    levels = np.round(background_levels(background, resolution)).astype(np.uint8)
+def _background_pixels(background: str, size: int | tuple[int, int]) -> np.ndarray:
+    levels = np.round(background_levels(background, size)).astype(np.uint8)
     return np.repeat(levels[:, :, None], 3, axis=2)
 
 
-def render(scene: Scene, resolution: int) -> UInt8[np.ndarray, "resolution resolution 3"]:
+def render(
+    scene: Scene,
+    size: int | tuple[int, int],  # pixels: the side of a square, or height and width
+) -> UInt8[np.ndarray, "height width 3"]:
     """Draws a scene: pixels."""
-    pixels = _background_pixels(scene.background, resolution).copy()
+    pixels = _background_pixels(scene.background, size).copy()
     for thing in scene.things:
-        alpha, rows, columns = coverage(thing.shape, thing.x, thing.y, scene.radius(thing), resolution)
+        alpha, rows, columns = coverage(thing.shape, thing.x, thing.y, scene.radius(thing), size)
         under = pixels[rows, columns].astype(np.float32)
         colour = np.asarray(COLOURS[thing.colour], np.float32)
         pixels[rows, columns] = (under + alpha[:, :, None] * (colour - under) + 0.5).astype(np.uint8)
@@ -239,25 +244,29 @@ def _check(split: str, two_objects: float) -> None:
 class ShapesWorld:
     """A data set with random access; picklable, without state, so any number of workers may read it.
 
-    Item i is {"pixels": uint8 [resolution, resolution, 3], "caption": str, "index": i}.
+    Item i is {"pixels": uint8 [*self.size(i), 3], "caption": str, "index": i}.
     """
 
-    resolution: int  # pixels of the side
+    resolution: int  # pixels of the side of a square; pictures of other aspects have about its area
     num_examples: int
     seed: int = 0
     split: str = "train"  # one of SPLITS
     two_objects: float = 0.0  # the probability of two things in a picture
+    aspects: tuple[float, ...] = (1.0,)  # width / height, each as likely
 
     def __post_init__(self):
         _check(self.split, self.two_objects)
+        if not self.aspects or not all(0.2 <= aspect <= 5.0 for aspect in self.aspects):
+            raise ValueError(f"aspects={self.aspects} of shapes world: give one or more numbers from 0.2 to 5")
 
     def __len__(self) -> int:
         return self.num_examples
 
-    def _rng(self, index: int) -> np.random.Generator:
+    def _rng(self, index: int, number: int = 0) -> np.random.Generator:
         # Philox is keyed, not seeded: neighbouring keys give independent streams, and it starts at no cost.
         stream = index * len(SPLITS) + list(SPLITS).index(self.split)
-        return np.random.Generator(np.random.Philox(key=np.array([self.seed, stream], np.uint64)))
+        philox = np.random.Philox(key=np.array([self.seed, stream], np.uint64), counter=number << 192)
+        return np.random.Generator(philox)
 
     def _index(self, index: SupportsIndex) -> int:
         index = operator.index(index)
@@ -269,11 +278,24 @@ class ShapesWorld:
         """The true attributes of example `index`."""
         return draw_scene(self._rng(self._index(index)), self.split, self.two_objects)
 
+    def size(self, index: SupportsIndex) -> tuple[int, int]:
+        """(height, width) of example `index`."""
+        index = self._index(index)
+        root = 1.0
+        if len(self.aspects) > 1 or self.aspects[0] != 1.0:
+            root = math.sqrt(_pick(self.aspects, self._rng(index, 1)))  # of its own: all else stays as it is
+        return round(self.resolution / root), round(self.resolution * root)
+
+    def caption(self, index: SupportsIndex) -> str:
+        """The caption of example `index`, whose picture is not drawn."""
+        rng = self._rng(self._index(index))
+        return draw_caption(draw_scene(rng, self.split, self.two_objects), rng)
+
     def __getitem__(self, index: SupportsIndex) -> dict:
         index = self._index(index)
         rng = self._rng(index)
         scene = draw_scene(rng, self.split, self.two_objects)
-        return {"pixels": render(scene, self.resolution), "caption": draw_caption(scene, rng), "index": index}
+        return {"pixels": render(scene, self.size(index)), "caption": draw_caption(scene, rng), "index": index}
 
 
 def evaluation_scenes(split: str, count: int, seed: int = 0, two_objects: float = 0.0) -> list[Scene]:

@@ -9,7 +9,8 @@ which is the exact box coverage of a straight edge along an axis for softness 1.
 centred on (0, 0), and the extents are chosen so that all shapes of one radius look equally large (a square of the
 circle's width would look larger).
 
-Lengths and places are fractions of the picture's side, so any resolution shows the same scene.
+Places are fractions of the picture's width and height, lengths are fractions of its shorter side: so any resolution
+shows the same scene, and in a wide picture things lie farther apart and stay round.
 """
 
 import functools
@@ -90,23 +91,30 @@ DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 
 
+def sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a picture: of a square, which goes by its side, or as they are."""
+    return (size, size) if isinstance(size, int) else size
+
+
 def coverage(
     shape: str,
-    x: float,  # centre, fraction of the side, from the left
-    y: float,  # centre, fraction of the side, from the top
-    radius: float,  # fraction of the side
-    resolution: int,  # pixels of the side
+    x: float,  # centre, fraction of the width, from the left
+    y: float,  # centre, fraction of the height, from the top
+    radius: float,  # fraction of the shorter side
+    size: int | tuple[int, int],  # pixels of the picture: the side of a square, or height and width
     softness: float = 1.0,  # pixels over which an edge fades (Eq. 1)
 ) -> tuple[np.ndarray, slice, slice]:
     """The share of each pixel that a shape covers, in the box that holds it: (alpha float32 [h, w], rows, columns)."""
-    reach = radius * REACH * resolution + softness
-    columns = slice(max(0, math.floor(x * resolution - reach)), min(resolution, math.ceil(x * resolution + reach)))
-    rows = slice(max(0, math.floor(y * resolution - reach)), min(resolution, math.ceil(y * resolution + reach)))
-    step = 1.0 / (radius * resolution)
-    u = ((np.arange(columns.start, columns.stop, dtype=np.float32) + 0.5) * step - x / radius).astype(np.float32)
-    v = ((np.arange(rows.start, rows.stop, dtype=np.float32) + 0.5) * step - y / radius).astype(np.float32)
-    distance = DISTANCES[shape](u[None, :], v[:, None])
-    alpha = np.minimum(np.maximum(0.5 - distance * np.float32(radius * resolution / softness), 0.0), 1.0)
+    height, width = sides(size)
+    side = min(height, width)
+    reach = radius * REACH * side + softness
+    columns = slice(max(0, math.floor(x * width - reach)), min(width, math.ceil(x * width + reach)))
+    rows = slice(max(0, math.floor(y * height - reach)), min(height, math.ceil(y * height + reach)))
+    step = 1.0 / (radius * side)
+    u = (np.arange(columns.start, columns.stop, dtype=np.float32) + 0.5) * step - x / radius * (width / side)
+    v = (np.arange(rows.start, rows.stop, dtype=np.float32) + 0.5) * step - y / radius * (height / side)
+    distance = DISTANCES[shape](u.astype(np.float32)[None, :], v.astype(np.float32)[:, None])
+    alpha = np.minimum(np.maximum(0.5 - distance * np.float32(radius * side / softness), 0.0), 1.0)
     return alpha, rows, columns
 
 
@@ -118,23 +126,28 @@ BACKGROUNDS = tuple(f"{kind} {tone}" for kind in KINDS for tone in TONES)
 
 
 @functools.lru_cache(maxsize=256)
-def background_levels(background: str, resolution: int) -> np.ndarray:
-    """The grey level of each pixel, float32 [resolution, resolution], of e.g. "striped grey". Do not write to it."""
+def background_levels(background: str, size: int | tuple[int, int]) -> np.ndarray:
+    """The grey level of each pixel, float32 [height, width], of e.g. "striped grey". Do not write to it.
+
+    Stripes and dots are as large as in a square of the shorter side, and more of them fill the longer one.
+    """
     kind, tone = background.split()
     level, amplitude = TONES[tone]
-    at = (np.arange(resolution) + 0.5) / resolution
+    height, width = sides(size)
+    side = min(height, width)
+    down, across = ((np.arange(length) + 0.5) / side for length in (height, width))
     if kind == "plain":
-        pattern = np.zeros((resolution, resolution))
+        pattern = np.zeros((height, width))
     elif kind == "gradient":  # light above, dark below
-        pattern = np.broadcast_to(1.0 - 2.0 * at[:, None], (resolution, resolution))
+        pattern = np.broadcast_to(1.0 - 2.0 * ((np.arange(height) + 0.5) / height)[:, None], (height, width))
     elif kind == "striped":  # upright stripes, four light and four dark
-        wave = 8.0 * at % 2.0
+        wave = 8.0 * across % 2.0
         edge = np.minimum(wave, 2.0 - wave) - 0.5  # distance to the nearest edge, in stripes; negative on dark ones
-        pattern = np.broadcast_to(np.clip(edge * resolution / 4.0, -1.0, 1.0)[None, :], (resolution, resolution))
+        pattern = np.broadcast_to(np.clip(edge * side / 4.0, -1.0, 1.0)[None, :], (height, width))
     elif kind == "dotted":  # four by four dots, dark on white, light on grey
-        cell = (4.0 * at) % 1.0 - 0.5
-        distance = np.sqrt(cell[:, None] ** 2 + cell[None, :] ** 2) - 0.3
-        dots = np.clip(0.5 - distance * resolution / 4.0, 0.0, 1.0)
+        cell_down, cell_across = ((4.0 * at) % 1.0 - 0.5 for at in (down, across))
+        distance = np.sqrt(cell_down[:, None] ** 2 + cell_across[None, :] ** 2) - 0.3
+        dots = np.clip(0.5 - distance * side / 4.0, 0.0, 1.0)
         pattern = (2.0 * dots - 0.7) * (-1.0 if tone == "white" else 1.0)
     else:
         raise ValueError(f"unknown background {background!r}; choose from {', '.join(BACKGROUNDS)}")

@@ -1,20 +1,22 @@
 """Data sets with random access, whatever they are made of: shapes world, folders of pictures, Hugging Face datasets.
 
-Every source has a length, and record i is {"pixels": uint8 [height, width, 3], "caption": str, "index": i}, decoded
-when it is asked for; where a picture has several captions, "captions" holds all of them. A broken picture raises
-BadImage at that moment and not before.
+Every source has a length, and record i is {"pixels": uint8 [height, width, 3], "fields": its captions, "index": i},
+decoded when it is asked for. Of the columns that `config.data.caption_key` names, each has in "fields" a tuple of what
+it says of this record, as `captions.choose` reads it. A broken picture raises BadImage at that moment and not before.
 """
 
 import hashlib
+import itertools
 import pathlib
 from collections.abc import Iterator
 from logging import getLogger
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int64
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from sd_jax.data import DataError, fingerprints, folder, hub
+from sd_jax.data import DataError, buckets, fingerprints, folder, hub
 from sd_jax.data.shapes import ShapesWorld
 
 Config = ConfigDict | FrozenConfigDict
@@ -30,8 +32,13 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> dict: ...  # raises BadImage
 
-    def texts(self, index: int) -> tuple[str, ...]:
-        """All captions of a record, without decoding its picture; () where it has none."""
+    def fields(self, index: int) -> tuple[tuple[str, ...], ...]:
+        """A record's "fields", without decoding its picture."""
+        ...
+
+    def sizes(self) -> Int64[np.ndarray, "records 2"]:
+        """(height, width) of every picture, upright, from headers or columns, without decoding; (0, 0) where that
+        fails."""
         ...
 
     def full_size(self, index: int) -> tuple[int, int] | None:
@@ -63,15 +70,28 @@ def open_source(config: Config) -> Source:
         return ShapesSource(config)
     path = pathlib.Path(name).expanduser()
     keys = (data.image_key, data.caption_key)
+    # A picture of at least these sides covers every size that it is trained at
+    at_least = max(2 * data.resolution, *(max(size) for size in buckets.make_sizes(data)))
     if path.is_dir() and (files := folder.pictures_in(path)):
-        return folder.FolderSource(path, files, *keys, at_least=2 * data.resolution)
-    return hub.open_dataset(name, *keys, at_least=2 * data.resolution)
+        return folder.FolderSource(path, files, *keys, at_least)
+    return hub.open_dataset(name, *keys, at_least)
 
 
 def captions(source: Source, most: int = _MOST_CAPTIONS) -> Iterator[str]:
     """The captions of a source, without its pictures; of more than `most` records, that many, evenly spread."""
     for index in np.linspace(0, len(source) - 1, min(len(source), most)).astype(np.int64):
-        yield from source.texts(int(index))
+        yield from itertools.chain.from_iterable(source.fields(int(index)))
+
+
+def assign_sizes(source: Source, config: Config) -> buckets.Assignment:
+    """The size that each record is trained at (`buckets.assign`); asks for the pictures' own sizes where it must."""
+    if not config.data.buckets.step and config.data.upscale:
+        return buckets.one_size(len(source), config.data)
+    logger.info("asking for the sizes of %d pictures", len(source))
+    source_sizes = source.sizes()
+    assignment = buckets.assign(source_sizes, config)
+    logger.info(buckets.describe(assignment, source_sizes))
+    return assignment
 
 
 class ShapesSource:
@@ -87,16 +107,21 @@ class ShapesSource:
             seed=config.seed % 2**32,
             split="train",
             two_objects=float(data.two_objects),
+            aspects=tuple(float(aspect) for aspect in data.aspects),
         )
 
     def __len__(self) -> int:
         return len(self.world)
 
     def __getitem__(self, index: int) -> dict:
-        return self.world[index]
+        record = self.world[index]
+        return {"pixels": record["pixels"], "fields": ((record["caption"],),), "index": record["index"]}
 
-    def texts(self, index: int) -> tuple[str, ...]:
-        return (self.world[index]["caption"],)
+    def fields(self, index: int) -> tuple[tuple[str, ...], ...]:
+        return ((self.world.caption(index),),)
+
+    def sizes(self) -> np.ndarray:
+        return np.array([self.world.size(index) for index in range(len(self))], np.int64)
 
     def full_size(self, index: int) -> None:
         return None
@@ -117,8 +142,11 @@ class Subset:
     def __getitem__(self, index: int) -> dict:
         return self.source[int(self.positions[index])]
 
-    def texts(self, index: int) -> tuple[str, ...]:
-        return self.source.texts(int(self.positions[index]))
+    def fields(self, index: int) -> tuple[tuple[str, ...], ...]:
+        return self.source.fields(int(self.positions[index]))
+
+    def sizes(self) -> np.ndarray:
+        return self.source.sizes()[self.positions]
 
     def full_size(self, index: int) -> tuple[int, int] | None:
         return self.source.full_size(int(self.positions[index]))

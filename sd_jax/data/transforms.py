@@ -1,4 +1,4 @@
-"""Pictures of any size -> squares of one size, and the numbers that say how a square was cut out."""
+"""Pictures of any size -> pictures of one size, and the numbers that say how one was cut out."""
 
 from typing import NamedTuple
 
@@ -12,9 +12,9 @@ AESTHETIC_SCORE = 6.0  # of every picture: what SDXL's refiner is asked for when
 
 
 class Fitted(NamedTuple):
-    """A square picture, and where it lies in the whole one."""
+    """A picture of the size that was asked for, and where it lies in the whole one."""
 
-    pixels: UInt8[np.ndarray, "side side 3"]
+    pixels: UInt8[np.ndarray, "height width 3"]
     crop: tuple[int, int]  # pixels above it and left of it, in the whole picture as it was resized and mirrored
 
 
@@ -25,40 +25,40 @@ def draws(seed: int, index: int, position: int) -> np.random.Generator:
 
 def fit(
     pixels: Picture,
-    resolution: int,
-    rng: np.random.Generator | None = None,  # None = the middle of the picture
-    flip: bool = False,  # mirror it left to right half of the time; needs an rng
+    size: tuple[int, int],  # height and width
+    rng: np.random.Generator | None = None,  # cut at a random place; None = in the middle
+    flip: bool = False,  # mirror it left to right
 ) -> Fitted:
-    """The largest square of a picture, in its middle or at a random place, resampled (Lanczos) to `resolution`."""
-    height, width, _ = pixels.shape
-    side = min(height, width)
-    if rng is None:
-        top, left = (height - side) // 2, (width - side) // 2
+    """A picture resampled (Lanczos) to the least that covers `size` with its aspect kept, and cut to `size`."""
+    whole = pixels.shape[:2]
+    # Its scale is a fraction, so that what is left over comes out in whole pixels
+    up, down = max(zip(size, whole, strict=True), key=lambda sides: sides[0] / sides[1])
+    part = [min(wanted * down / up, side) for wanted, side in zip(size, whole, strict=True)]  # of the picture as it is
+    room = [(side * up - wanted * down) // up for wanted, side in zip(size, whole, strict=True)]
+    top, left = (int(rng.integers(most + 1)) for most in room) if rng is not None else (most // 2 for most in room)
+    if up == down:
+        pixels = pixels[top : top + size[0], left : left + size[1]]
     else:
-        top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
-    square = pixels[top : top + side, left : left + side]
-    if side != resolution:
-        # The square alone: a long thin picture resampled whole could take any amount of memory
-        size = (resolution, resolution)
-        square = np.asarray(Image.fromarray(square).resize(size, Image.Resampling.LANCZOS))
-    if flip and rng is not None and rng.random() < 0.5:
-        square = square[:, ::-1]
-        left = width - (left + side)  # in the mirrored picture
-    return Fitted(np.ascontiguousarray(square), (round(top * resolution / side), round(left * resolution / side)))
+        # That part alone: a long thin picture resampled whole could take any amount of memory
+        box = (left, top, min(left + part[1], whole[1]), min(top + part[0], whole[0]))
+        pixels = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.LANCZOS, box))
+    if flip:
+        pixels, left = pixels[:, ::-1], whole[1] - (left + part[1])  # in the mirrored picture
+    return Fitted(np.ascontiguousarray(pixels), (round(top * up / down), round(left * up / down)))
 
 
 def time_ids(
     size: tuple[int, int],  # height and width of the picture in its file
     crop: tuple[int, int],  # of `Fitted`
-    resolution: int,
+    target: tuple[int, int],  # height and width of what was cut out
     count: int,  # of numbers that the model reads: 6, or 5
 ) -> Float32[np.ndarray, " count"]:
     """SDXL's micro-conditioning (Podell et al. 2023, arXiv 2307.01952, section 2.2), as in `Conditioning.time_ids`.
 
-    size and crop, and then the side of the square twice (its height and width); the refiner, which reads five numbers,
-    has AESTHETIC_SCORE in their place. Raises ValueError for any other count.
+    size, crop and target; the refiner, which reads five numbers, has AESTHETIC_SCORE in place of the target. Raises
+    ValueError for any other count.
     """
-    last = {6: (resolution, resolution), 5: (AESTHETIC_SCORE,)}
+    last = {6: target, 5: (AESTHETIC_SCORE,)}
     if count not in last:
         raise ValueError(f"the model reads {count} time_ids: SDXL's kinds read 6, or 5 (its refiner)")
     return np.asarray((*size, *crop, *last[count]), np.float32)

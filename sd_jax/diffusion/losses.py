@@ -4,9 +4,11 @@ For clean latents x0, noise n and a timestep t of the discrete schedule, with s 
 
     x = x0 + s n,    network input c_in x,    loss = w(s) mean((F(c_in x, t) - F*)^2)                       (1)
 
-with c_in and the target F* of `predictions.py`, the table that samplers read too. min-SNR (Hang et al. 2023, arXiv
-2303.09556) weighs the error of x0 by min(snr, gamma), where snr = 1 / s^2. An error of F is an error of x0 times
-c_out, so for every prediction type
+with c_in and the target F* of `predictions.py`, the table that samplers read too. `timesteps.py` draws t, `noise.py`
+and `training_noise.py` draw n. Where the input is to hold another noise n' than the target is made of, x = x0 + s n'.
+
+min-SNR (Hang et al. 2023, arXiv 2303.09556: Min-SNR-gamma) weighs the error of x0 by min(snr, gamma), where snr =
+1 / s^2. An error of x0 is c_out times one of F, so for every prediction type
 
     w = min(snr, gamma) c_out^2                                                                             (2)
 
@@ -14,15 +16,18 @@ c_out, so for every prediction type
         v_prediction  min(snr, gamma) / (snr + 1)
         sample        min(snr, gamma)
         flow          min(snr, gamma) / (sqrt(snr) + 1)^2
+
+At the last timestep of a zero-terminal schedule (Lin et al. 2023, arXiv 2305.08891) snr = 0 and the input is n alone.
+To predict epsilon the network need only repeat it, and learns nothing; v = -x0 asks it for the picture. The weight
+there is 1 for epsilon and 0 for the others: with min-SNR the very last timestep learns from its neighbours alone.
 """
 
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from sd_jax.diffusion.denoiser import Predict
-from sd_jax.diffusion.noise import uniform
 from sd_jax.diffusion.predictions import along_batch, prediction
 from sd_jax.diffusion.schedules import sigmas_of
 from sd_jax.types import NoiseScheduleConfig
@@ -31,29 +36,10 @@ from sd_jax.types import NoiseScheduleConfig
 class Noised(NamedTuple):
     """A batch as the network meets it in training."""
 
-    x: Float[Array, "batch *dims"]  # x0 + sigma n
+    x: Float[Array, "batch *dims"]  # x0 + sigma n'
     sigma: Float[Array, " batch"]
     model_input: Float[Array, "batch *dims"]  # c_in x
     target: Float[Array, "batch *dims"]  # what the raw output should be
-
-
-def draw_timesteps(
-    keys: Key[Array, " batch"],  # one for each example
-    draw: int,  # the number of this draw among the example's
-    num_train_timesteps: int,
-    strata: tuple[Int[Array, " batch"], int] | None = None,  # (places in the global batch, its size)
-) -> Int[Array, " batch"]:
-    """Timesteps, each uniform over [0, num_train_timesteps).
-
-    None: independent of each other. With strata, example i of B draws from the i-th of B equal parts, so a batch covers
-    all noise levels evenly and the loss varies less. Examples must then come in random order.
-    """
-    u = uniform(keys, draw)
-    if strata is not None:
-        places, count = strata
-        u = (places.astype(u.dtype) + u) / count
-    timesteps = jnp.floor(u * num_train_timesteps).astype(jnp.int32)
-    return jnp.minimum(timesteps, num_train_timesteps - 1)  # the last stratum may round up to 1
 
 
 def noised(
@@ -61,12 +47,13 @@ def noised(
     noise: Float[Array, "batch *dims"],  # n, unit variance
     timesteps: Int[Array, " batch"],
     cfg: NoiseScheduleConfig,
+    input_noise: Float[Array, "batch *dims"] | None = None,  # n', what the input holds; None = n
 ) -> Noised:
     """The network's input and target at the given timesteps (Eq. 1), in float32."""
     x0, n = latents.astype(jnp.float32), noise.astype(jnp.float32)
     sigma = jnp.asarray(sigmas_of(cfg), jnp.float32)[timesteps]
     row, s = prediction(cfg.prediction_type), along_batch(sigma, x0)
-    x = x0 + s * n
+    x = x0 + s * (n if input_noise is None else input_noise.astype(jnp.float32))
     return Noised(x, sigma, row.c_in(s) * x, row.target(x0, n, s))
 
 
@@ -89,9 +76,10 @@ def denoising_losses(
     conditioning: Any,
     cfg: NoiseScheduleConfig,
     min_snr_gamma: float | None = None,
+    input_noise: Float[Array, "batch *dims"] | None = None,  # None = `noise`
 ) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
     """(mean squared error of the raw output, weight) of each example, in float32; the loss is mean(error * weight)."""
-    batch = noised(latents, noise, timesteps, cfg)
+    batch = noised(latents, noise, timesteps, cfg, input_noise)
     output = predict(batch.model_input, timesteps.astype(jnp.float32), conditioning).astype(jnp.float32)
     error = jnp.mean((output - batch.target) ** 2, axis=tuple(range(1, output.ndim)))
     return error, min_snr_weights(batch.sigma, cfg.prediction_type, min_snr_gamma)

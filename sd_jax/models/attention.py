@@ -9,25 +9,39 @@ Implementations
 """
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sd_jax import hardware
 from sd_jax.models.layers import ZEROS, Dtype, GroupNorm, LayerNorm, conv, dense
+from sd_jax.models.remat import wrapped
 
-# Scores that are held at once. CPU: beyond 16 MB they fall out of the cache, and one (batch, head) pair after the
+# Scores that a device holds at once. CPU: beyond 16 MB they fall out of the cache, and one (batch, head) pair after the
 # other takes a third of the time. Elsewhere all pairs go together, or the device would idle: only memory sets a limit.
 PLAIN_LIMIT = {"cpu": 2**22, "gpu": 2**28, "tpu": 2**28}
 CHUNK_LIMIT = {"cpu": 2**24, "gpu": 2**27, "tpu": 2**27}
 
 
 def choose_implementation(scores: int, head_dim: int, dtype: Dtype, backend: str) -> str:
-    """cuDNN where it works, else plain up to `PLAIN_LIMIT` scores (batch x heads x queries x keys), else chunked."""
+    """cuDNN where it works, else plain up to `PLAIN_LIMIT` scores (of a device: batch x heads x queries x keys), else
+    chunked."""
     if backend == "gpu" and jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
     return "plain" if scores <= PLAIN_LIMIT[backend] else "chunked"
+
+
+def shared_by() -> int:
+    """Devices that share what is being traced: those of the mesh that the caller set (`jax.set_mesh`), else one.
+
+    Under jit over a mesh shapes are those of the whole batch. Axes that are mapped by hand (pmap, shard_map) do not
+    count: there shapes are those of one device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in mesh.auto_axes)
 
 
 def attention(
@@ -46,8 +60,8 @@ def attention(
         implementation = "plain"
     if implementation == "auto":
         batch, queries, heads, dim = q_BxLxHxD.shape
-        scores = batch * heads * queries * k_BxSxHxD.shape[1]
-        implementation = choose_implementation(scores, dim, v_BxSxHxD.dtype, jax.default_backend())
+        scores = batch * heads * queries * k_BxSxHxD.shape[1] // shared_by()
+        implementation = choose_implementation(scores, dim, v_BxSxHxD.dtype, hardware.backend())
     if implementation == "plain":
         return _plain(q_BxLxHxD, k_BxSxHxD, v_BxSxHxD, causal)
     if implementation == "chunked":
@@ -70,10 +84,10 @@ def _chunked(q, k, v):
     """`lax.map` over chunks of queries, and on a CPU over (batch, head) pairs."""
     batch, queries, heads, dim = q.shape
     pairs, keys = batch * heads, k.shape[1]
-    backend = jax.default_backend()
-    # With several devices the batch is split over them: a loop over pairs would make each of them do all the work.
-    together = 1 if backend == "cpu" and jax.device_count() == 1 else pairs
-    chunk = min(queries, max(1, CHUNK_LIMIT[backend] // (together * keys)))
+    backend = hardware.backend()
+    # Where devices share the batch, a loop over pairs would make each of them do all the work.
+    together = 1 if backend == "cpu" and shared_by() == 1 else pairs
+    chunk = min(queries, max(1, CHUNK_LIMIT[backend] * shared_by() // (together * keys)))
     chunks = -(-queries // chunk)
 
     def as_pairs(x):
@@ -191,7 +205,7 @@ class SpatialTransformer(nn.Module):
 
     heads: int
     norm_num_groups: int = 32
-    remat: bool = False
+    remat: str = "none"
     num_blocks: int = 1
     linear: bool = False
     only_cross_attention: bool = False
@@ -206,7 +220,7 @@ class SpatialTransformer(nn.Module):
     ) -> Float[Array, "batch height width channels"]:
         batch, height, width, channels = x.shape
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
+        block = wrapped(TransformerBlock, "transformer", self.remat)
         h = GroupNorm(self.norm_num_groups, 1e-6, name="norm", **types)(x)
         project = dense if self.linear else functools.partial(conv, kernel=1)
         h = project(channels, "proj_in", self)(h).reshape(batch, height * width, channels)

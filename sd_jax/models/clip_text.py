@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from sd_jax.models.attention import attention
 from sd_jax.models.layers import ZEROS, Dtype, LayerNorm, dense
 from sd_jax.models.presets import CLIPTextConfig
+from sd_jax.models.remat import wrapped
 from sd_jax.types import Conditioning, TokenIds
 
 
@@ -70,11 +71,11 @@ class _Encoder(nn.Module):
     config: CLIPTextConfig
     dtype: Dtype
     param_dtype: Dtype
-    remat: bool
+    remat: str
 
     @nn.compact
     def __call__(self, x):
-        layer = nn.remat(_Layer) if self.remat else _Layer
+        layer = wrapped(_Layer, "transformer", self.remat)
         states = [x]
         for i in range(self.config.num_hidden_layers):
             states.append(layer(self.config, self.dtype, self.param_dtype, name=f"layers_{i}")(states[-1]))
@@ -85,7 +86,7 @@ class _TextModel(nn.Module):
     config: CLIPTextConfig
     dtype: Dtype
     param_dtype: Dtype
-    remat: bool
+    remat: str
 
     @nn.compact
     def __call__(self, ids, clip_skip):
@@ -107,7 +108,7 @@ class CLIPText(nn.Module):
     config: CLIPTextConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, ids: TokenIds, clip_skip: int | None = None) -> Conditioning:

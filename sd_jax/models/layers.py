@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sd_jax import hardware
+
 Dtype = jnp.dtype | type
 
 # The last layer of a residual branch starts at zero: a new network is the identity along its trunk (LDM's zero_module)
@@ -48,7 +50,7 @@ class GroupNorm(nn.Module):
 
         row = x.shape[-2] if x.ndim > 2 else 1
         rows = x.reshape(batch, -1, row, channels).astype(jnp.float32)
-        moments = moments_by_rows if jax.default_backend() == "cpu" else moments_in_one_pass
+        moments = moments_by_rows if hardware.backend() == "cpu" else moments_in_one_pass
         channel_mean, channel_variance = moments(rows)
         mean = per_group(channel_mean)
         variance = per_group(channel_variance + jnp.square(channel_mean - mean))
@@ -204,7 +206,7 @@ def upsampled_conv(
     x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
     x = x.reshape(batch, *doubled, channels)[:, : size[0], : size[1]]
     # On GPUs and TPUs four small convolutions would each fill the device less well than one.
-    if jax.default_backend() == "cpu" and size == doubled:
+    if hardware.backend() == "cpu" and size == doubled:
         kwargs = {"conv_general_dilated": _conv_of_doubled, **kwargs}
     return conv(channels, name, like, **kwargs)(x)
 

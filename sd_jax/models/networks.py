@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from sd_jax.models.clip_text import CLIPText
 from sd_jax.models.presets import ModelSpec, TinyVAEConfig
+from sd_jax.models.remat import policy_of
 from sd_jax.models.unet import UNet
 from sd_jax.models.vae import VAE
 from sd_jax.models.vae_tiny import TinyVAE
@@ -25,7 +26,9 @@ class Networks(NamedTuple):
     text_encoder_2: CLIPText | None
 
     @staticmethod
-    def of(spec: ModelSpec, dtype: str = "float32", remat: bool = False) -> "Networks":
+    def of(spec: ModelSpec, dtype: str = "float32", remat: str = "none") -> "Networks":
+        """Raises ValueError for a `remat` that models/remat.py does not know."""
+        policy_of(remat)
         kwargs = {"dtype": jnp.dtype(dtype), "remat": remat}
         vae = TinyVAE if isinstance(spec.vae, TinyVAEConfig) else VAE
         text = {part: CLIPText(config, **kwargs) for part, config in spec.text_encoders.items()}
@@ -39,16 +42,24 @@ class Networks(NamedTuple):
     def encode_text(self, params: Mapping[str, Params], ids: TokenIds, clip_skip: int | None = None) -> Conditioning:
         """Token ids -> the states of all text encoders, joined along their width, and the last one's pooled state.
 
-        params: by part. ids: padded for the first encoder. clip_skip: None = each one's own.
+        ids: padded for the first encoder; [batch, n * positions] are n chunks a text, each with its start and its end.
+        They are read one by one and joined along the tokens; the pooled state is the first chunk's (A1111's way).
+        params: by part. clip_skip: None = each encoder's own.
+        Raises ValueError for more ids than positions that are no multiple of them.
         """
-        states, pad = [], None
+        batch, tokens = ids.shape
+        positions = min(tokens, self.spec.positions)
+        if tokens % positions:
+            raise ValueError(f"{tokens} token ids a text are no whole chunks of {positions}")
+        ids, states, pad = ids.reshape(-1, positions), [], None
         for part, config in self.spec.text_encoders.items():
             if pad is not None and pad != config.pad_token_id:
                 ids = _pad_behind_end(ids, config.eos_token_id, config.pad_token_id)
             pad = config.pad_token_id
             states.append(getattr(self, part).apply({"params": params[part]}, ids, clip_skip))
         context = states[0].context if len(states) == 1 else jnp.concatenate([s.context for s in states], axis=-1)
-        return Conditioning(context, states[-1].pooled)
+        pooled = states[-1].pooled.reshape(batch, tokens // positions, -1)[:, 0]
+        return Conditioning(context.reshape(batch, tokens, -1), pooled)
 
     def init(self, part: str, key: jax.Array) -> Params:
         """Fresh parameters of one part, float32."""

@@ -119,6 +119,11 @@ class ModelSpec:
         return {part: config for part, config in named.items() if config is not None}
 
     @property
+    def positions(self) -> int:
+        """Tokens that the text encoders read at once."""
+        return min(config.max_position_embeddings for config in self.text_encoders.values())
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """The parts that such a model has, of PARTS."""
         return ("unet", "vae", *self.text_encoders)
@@ -231,3 +236,43 @@ TINY_SHAPES = _shapes(
         norm_num_groups=8,
     ),
 )
+
+
+def shrink(spec: ModelSpec) -> ModelSpec:
+    """A model of the same kind with some hundred thousand parameters, for trying out everything but its quality.
+
+    Of the U-Net the first and the last level are left, with what is particular to them and to the family; the
+    autoencoder is that of SHAPES_64, and so is the text encoder where there is one; of two, both are small.
+    """
+    unet, vae = spec.unet, SHAPES_64.vae
+    text, second = SHAPES_64.text_encoder, None
+    if spec.text_encoder_2 is not None:
+        width = {"vocab_size": 768, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        small = {**width, "num_attention_heads": 2, "max_position_embeddings": text.max_position_embeddings}
+        text = spec.text_encoder and dataclasses.replace(spec.text_encoder, **small)
+        second = dataclasses.replace(spec.text_encoder_2, **small, projection_dim=24)
+
+    def ends(value):
+        return (value[0], value[-1]) if isinstance(value, tuple) else value
+
+    layers = ends(unet.transformer_layers_per_block)
+    told = {}
+    if unet.addition_embed_type == "text_time":
+        told["addition_time_embed_dim"] = 8
+        told["projection_class_embeddings_input_dim"] = second.projection_dim + 8 * spec.num_time_ids
+    unet = dataclasses.replace(
+        unet,
+        sample_size=8,
+        in_channels=unet.in_channels - spec.vae.latent_channels + vae.latent_channels,
+        out_channels=vae.latent_channels,
+        block_out_channels=(16, 32),
+        attention_blocks=ends(unet.attention_blocks),
+        layers_per_block=1,
+        transformer_layers_per_block=tuple(min(n, 2) for n in layers) if isinstance(layers, tuple) else min(layers, 2),
+        num_attention_heads=(1, 2) if isinstance(unet.num_attention_heads, tuple) else 2,
+        cross_attention_dim=sum(config.hidden_size for config in (text, second) if config is not None),
+        only_cross_attention=ends(unet.only_cross_attention),
+        norm_num_groups=4,
+        **told,
+    )
+    return dataclasses.replace(spec, unet=unet, vae=vae, text_encoder=text, text_encoder_2=second)

@@ -22,6 +22,7 @@ from sd_jax.models.layers import (
     timestep_embedding,
 )
 from sd_jax.models.presets import UNetConfig
+from sd_jax.models.remat import wrapped
 from sd_jax.models.resnet import ResnetBlock
 from sd_jax.types import Conditioning
 
@@ -37,14 +38,14 @@ class _Block(nn.Module):
     level: int
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @property
     def types(self):
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
     def resnet(self, index: int):
-        block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
+        block = wrapped(ResnetBlock, "resnet", self.remat)
         scale_shift = self.config.resnet_time_scale_shift == "scale_shift"
         groups = self.config.norm_num_groups
         return block(self.features, groups, scale_shift=scale_shift, name=f"resnets_{index}", **self.types)
@@ -149,14 +150,14 @@ class AttentionPooling(nn.Module):
 class UNet(nn.Module):
     """Predicts noise (or what the schedule's prediction_type says) from noisy latents, a timestep and a conditioning.
 
-    dtype: of the computation; param_dtype: of the parameters at initialisation; remat: recompute resnets and
-    transformer blocks in the backward pass instead of keeping their insides.
+    dtype: of the computation; param_dtype: of the parameters at initialisation; remat: what the backward pass
+    computes again (a name in remat.py).
     """
 
     config: UNetConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from sd_jax.models.attention import attention
 from sd_jax.models.layers import Downsample, Dtype, GroupNorm, Upsample, conv, dense
 from sd_jax.models.presets import VAEConfig
+from sd_jax.models.remat import wrapped
 from sd_jax.models.resnet import ResnetBlock
 from sd_jax.types import Image, Pixels
 
@@ -57,12 +58,12 @@ class VAEAttention(nn.Module):
 
 
 class _Stack(nn.Module):
-    """What encoder and decoder share."""
+    """What encoder, decoder and their middle share."""
 
     config: VAEConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @property
     def types(self):
@@ -82,12 +83,12 @@ class _Level(nn.Module):
     resample: str | None
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, h):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
+        block = wrapped(ResnetBlock, "resnet", self.remat)
         for i in range(self.num_resnets):
             h = block(self.features, self.config.norm_num_groups, 1e-6, name=f"resnets_{i}", **types)(h)
         if self.resample == "down":
@@ -97,18 +98,14 @@ class _Level(nn.Module):
         return h
 
 
-class _Middle(nn.Module):
-    config: VAEConfig
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-
+class _Middle(_Stack):
     @nn.compact
     def __call__(self, h):
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         groups, features = self.config.norm_num_groups, self.config.block_out_channels[-1]
-        h = ResnetBlock(features, groups, 1e-6, name="resnets_0", **types)(h)
-        h = VAEAttention(groups, name="attentions_0", **types)(h)
-        return ResnetBlock(features, groups, 1e-6, name="resnets_1", **types)(h)
+        resnet = wrapped(ResnetBlock, "resnet", self.remat)
+        h = resnet(features, groups, 1e-6, name="resnets_0", **self.types)(h)
+        h = wrapped(VAEAttention, "transformer", self.remat)(groups, name="attentions_0", **self.types)(h)
+        return resnet(features, groups, 1e-6, name="resnets_1", **self.types)(h)
 
 
 class Encoder(_Stack):
@@ -124,7 +121,7 @@ class Encoder(_Stack):
                 cfg, features, cfg.layers_per_block, resample, remat=self.remat, name=f"down_blocks_{i}", **self.types
             )
             h = level(h)
-        h = _Middle(cfg, name="mid_block", **self.types)(h)
+        h = _Middle(cfg, remat=self.remat, name="mid_block", **self.types)(h)
         return self.out(h, 2 * cfg.latent_channels)
 
 
@@ -135,7 +132,7 @@ class Decoder(_Stack):
     def __call__(self, z):
         cfg = self.config
         h = conv(cfg.block_out_channels[-1], "conv_in", self)(z)
-        h = _Middle(cfg, name="mid_block", **self.types)(h)
+        h = _Middle(cfg, remat=self.remat, name="mid_block", **self.types)(h)
         for i, features in enumerate(reversed(cfg.block_out_channels)):
             resample = "up" if i < len(cfg.block_out_channels) - 1 else None
             level = _Level(
@@ -151,7 +148,7 @@ class VAE(nn.Module):
     config: VAEConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     def setup(self):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}

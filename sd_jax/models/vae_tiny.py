@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from sd_jax.models.layers import ZEROS, Dtype, conv, upsampled_conv
 from sd_jax.models.presets import TinyVAEConfig
+from sd_jax.models.remat import wrapped
 from sd_jax.models.vae import Posterior, check_divisible
 from sd_jax.types import Image
 
@@ -38,10 +39,10 @@ class _Layers(nn.Module):
     config: TinyVAEConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     def blocks(self, h, features: int, begin: int, count: int):
-        block = nn.remat(_Block) if self.remat else _Block
+        block = wrapped(_Block, "resnet", self.remat)
         for i in range(begin, begin + count):
             h = block(features, dtype=self.dtype, param_dtype=self.param_dtype, name=f"layers_{i}")(h)
         return h
@@ -81,7 +82,7 @@ class TinyVAE(nn.Module):
     config: TinyVAEConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     def setup(self):
         kwargs = {"dtype": self.dtype, "param_dtype": self.param_dtype, "remat": self.remat}

@@ -11,12 +11,10 @@ import pathlib
 import shutil
 import socket
 import tempfile
-import threading
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from logging import getLogger
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Int32
@@ -38,9 +36,6 @@ _FILES = (
     "added_tokens.json",
 )
 _MEND = "name a folder that holds vocab.json and merges.txt with --tokenizer=DIR (in a config: config.tokenizer)"
-_SHOWN = 5  # long captions that a training run is told of, word for word
-
-logger = getLogger(__name__)
 
 
 class Tokenizer:
@@ -66,21 +61,17 @@ class Tokenizer:
         self,
         texts: Sequence[str],
         max_length: int | None = None,  # ids per text, start and end included; None = the tokenizer's own (77)
-        on_long: Callable[[str, str], None] | None = None,  # (text, its dropped words); None = a Python warning
     ) -> Int32[np.ndarray, "batch tokens"]:
-        """Ids of each text, padded and cut to `max_length`. What is cut away is shown."""
+        """Ids of each text, padded and cut to `max_length`. Warns of what is cut away."""
         if isinstance(texts, str):
             raise TypeError("a tokenizer takes a list of texts, not one text")
         length = self.max_length if max_length is None else max_length
         ids = np.full((len(texts), length), self.pad_token_id, np.int32)
         for row, text in zip(ids, texts, strict=True):
-            encoding = self._backend.encode(text)
-            found = encoding.ids
+            found = self._backend.encode(text).ids
             if len(found) > length:
-                cut, words = length - 1, encoding.word_ids
-                while cut > 1 and words[cut] == words[cut - 1]:  # a word of which the end is lost is shown whole
-                    cut -= 1
-                (on_long or _warn)(text, text[encoding.offsets[cut][0] :].strip())
+                dropped = self.text_from(text, length - 2)
+                warnings.warn(f"prompt too long, dropped: {dropped!r}", UserWarning, stacklevel=2)
                 found = [*found[: length - 1], self.eos_token_id]
             row[: len(found)] = found
         return ids
@@ -89,9 +80,13 @@ class Tokenizer:
         """Ids of the words of one text: no start, no end, no padding, however many."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def for_captions(self, max_length: int | None = None) -> "CaptionTokenizer":
-        """The same for training: tells of a few long captions in the log and counts the others."""
-        return CaptionTokenizer(self, max_length)
+    def text_from(self, text: str, token: int) -> str:
+        """The end of a text, from the token of that number (of `token_ids`) on; the word that it lies in is whole."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        words = encoding.word_ids
+        while token > 0 and words[token] == words[token - 1]:
+            token -= 1
+        return text[encoding.offsets[token][0] :].strip()
 
     def check(self, config: CLIPTextConfig) -> None:
         """Raises ValueError where an id has no row in the embedding of the text encoder `config`."""
@@ -101,6 +96,11 @@ class Tokenizer:
                 f"tokenizer {self.source} gives ids up to {highest}, but the text encoder has vocab_size="
                 f"{config.vocab_size}: they do not belong together; {_MEND}"
             )
+
+    def pad_as(self, config: CLIPTextConfig) -> None:
+        """Pads as the text encoder wants it: CLIP's and OpenCLIP's tokenizers differ in nothing but their padding."""
+        if config.pad_token_id < self.vocab_size:
+            self.pad_token_id = config.pad_token_id
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes the four files that SD 1.x checkpoints have: vocab.json, merges.txt and two of settings.
@@ -123,30 +123,6 @@ class Tokenizer:
         again = self._backend.decode(ids[1:-1])
         if "".join(again.split()) != "".join(_PROBE.lower().split()):
             raise ValueError(f"tokenizer {self.source} turns {_PROBE!r} into {again!r}: {_MEND}")
-
-
-class CaptionTokenizer:
-    """A Tokenizer for data loaders: long captions are counted (`num_long`), and the first few shown in the log."""
-
-    def __init__(self, tokenizer: Tokenizer, max_length: int | None):
-        self._tokenizer, self._max_length = tokenizer, max_length
-        self._lock = threading.Lock()
-        self.num_long = 0
-
-    def __call__(self, texts: Sequence[str]) -> Int32[np.ndarray, "batch tokens"]:
-        return self._tokenizer(texts, self._max_length, on_long=self._count)
-
-    def _count(self, text: str, dropped: str) -> None:
-        with self._lock:
-            self.num_long += 1
-            number = self.num_long
-        if number <= _SHOWN:
-            more = "; others are cut without being shown" if number == _SHOWN else ""
-            logger.warning("caption too long, dropped %r of %r%s", dropped, text, more)
-
-
-def _warn(text: str, dropped: str) -> None:
-    warnings.warn(f"prompt too long, dropped: {dropped!r}", UserWarning, stacklevel=3)
 
 
 # -- Opening ---------------------------------------------------------------------------------------------------------

@@ -91,7 +91,8 @@ def carry_out(order: Order) -> Iterator[pathlib.Path]:
     pipe = load(loading["checkpoint"], **{name: loading[name] for name in LOADING[1:]} | several)
     refiner = None
     if loading["refiner"] is not None:
-        refiner = load(loading["refiner"], **{name: loading[name] for name in ("dtype", "tokenizer", "weights")})
+        weights = loading["weights"].partition(":")[0]  # of which average is for the model alone
+        refiner = load(loading["refiner"], weights=weights, **{name: loading[name] for name in ("dtype", "tokenizer")})
 
     # What is made at once
     if axes:

@@ -57,7 +57,7 @@ def load(
     dtype: str = "float32",  # of weights and computation
     tokenizer: str | None = None,  # a folder or hub name; None = the checkpoint's own, else CLIP's from the hub
     vae: str | pathlib.Path | None = None,  # another checkpoint to take the autoencoder from; a tiny one, too
-    weights: str = "ema",  # "ema" (raw where there is none) or "raw"
+    weights: str = "ema",  # "ema" (raw where there is none), "raw", or "ema:0.999" of a workdir with several
     config: Any = None,  # of a single file: a .yaml, a diffusers folder, a name of FAMILIES, a ModelSpec; None = found
     prediction_type: str | None = None,  # "epsilon", "v_prediction", ...; None = what the checkpoint says
     text_encoder: Any = None,  # another checkpoint to take the text encoders from, or a list of one for each of them
@@ -108,23 +108,18 @@ class Pipeline:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Loaded at first use: a file without one is good for everything but prompts.
-
-        It pads as the text encoder wants it: CLIP's and OpenCLIP's tokenizers differ in nothing but their padding.
-        """
+        """Loaded at first use: a file without one is good for everything but prompts."""
         if not isinstance(self._tokenizer, Tokenizer):
             self._tokenizer = load_tokenizer(self._tokenizer)
             for config in self.spec.text_encoders.values():
                 self._tokenizer.check(config)
-            padding = next(iter(self.spec.text_encoders.values())).pad_token_id
-            if padding < self._tokenizer.vocab_size:
-                self._tokenizer.pad_token_id = padding
+            self._tokenizer.pad_as(next(iter(self.spec.text_encoders.values())))
         return self._tokenizer
 
     @property
     def positions(self) -> int:
         """Tokens that the text encoders read at once."""
-        return min(config.max_position_embeddings for config in self.spec.text_encoders.values())
+        return self.spec.positions
 
     @property
     def state_widths(self) -> tuple[int, ...]:

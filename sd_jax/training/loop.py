@@ -1,11 +1,11 @@
-"""The training loop, for every method. Chapters: model, data, state, resume, train, finish.
+"""The training loop, for every method. Chapters: model, cache, state, data, train, finish.
 
 A workdir holds config.json, log.txt, metrics.jsonl, tensorboard/, checkpoints/, samples/ and, where prompts are read,
-tokenizer/. The same command on the same workdir goes on where the last checkpoint was written.
+tokenizer/. The same command on the same workdir goes on where the last checkpoint was written, on any number of devices
+and processes. Every process of a run executes this; the first one alone writes what is not a checkpoint or a cache.
 """
 
 import functools
-import json
 import pathlib
 import time
 from typing import Any
@@ -13,24 +13,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sd_jax import config as configs
-from sd_jax import media, sharding, trees
+from sd_jax import distributed, hardware, media, sharding, trees
 from sd_jax.checkpoints.native import Checkpoints
 from sd_jax.checkpoints.place import place
-from sd_jax.data import latents, loader, sources
-from sd_jax.diffusion import noise
-from sd_jax.models.vae import to_image
-from sd_jax.training import samples, start
-from sd_jax.training.methods import Context, method_of
+from sd_jax.data import loader, sources
+from sd_jax.training import evaluate, samples, setup, start
+from sd_jax.training.context import Context
+from sd_jax.training.methods import method_of
 from sd_jax.training.metrics import Journal
-from sd_jax.training.optimizers import learning_rate, make_optimizer
-from sd_jax.training.state import TrainState, create
-from sd_jax.training.step import MappedStep, train_step
-
-EVAL_STEP = 2**31 - 1  # the "step" that keys the fixed draws of the held-out loss; no run gets there
-MOST_SKIPPED = 20  # steps in a row without a finite loss, after which a run ends
+from sd_jax.training.nonfinite import Nonfinite, Verdict
+from sd_jax.training.optimizers import learning_rate
+from sd_jax.training.precompute import precompute
+from sd_jax.training.preemption import Preempted, Preemption
+from sd_jax.training.stages import Stages, Throughput
+from sd_jax.training.state import TrainState
+from sd_jax.training.step import MappedStep
+from sd_jax.training.watchdog import Watchdog
 
 
 def train(
@@ -38,137 +41,173 @@ def train(
     workdir: pathlib.Path | None,  # not needed for a dry run
     dry_run: bool = False,
     started: float | None = None,  # time.time() at which the run began, for its summary; None = now
+    profile: tuple[int, int] | None = None,  # a trace of steps first .. first + count - 1, into workdir/profile
 ) -> None:
     """Trains `config.method` into `workdir`, or resumes it. With `dry_run` prints what it would train, and ends.
 
-    Raises ValueError, FileNotFoundError, CheckpointError or DataError, each naming the key or file and the mend, and
-    FloatingPointError after MOST_SKIPPED steps whose loss is not finite.
+    Raises ValueError, FileNotFoundError, CheckpointError or DataError, each naming the key or file and the mend;
+    FloatingPointError where the loss stays without a finite value (`config.max_skipped`, `config.rollbacks`); Preempted
+    where the run was asked to stop: it has been saved, and the same command goes on.
     """
-    journal = Journal()
+    journal, stages = Journal(), Stages()
     try:
-        _train(config, workdir, dry_run, started or time.time(), journal)
+        with Preemption() as preemption, Watchdog(stages, config.watchdog_seconds, workdir, journal.log):
+            _train(config, workdir, dry_run, started or time.time(), profile, journal, stages, preemption)
     finally:
         journal.close()
 
 
-def _train(config: ConfigDict, workdir: pathlib.Path | None, dry_run: bool, started: float, journal: Journal) -> None:
+def _train(config, workdir, dry_run, started, profile, journal, stages, preemption) -> None:
     sharding.keep_compilations()
     method = method_of(config)
     mesh = sharding.make_mesh(config.mesh.to_dict())
-    optimizer = make_optimizer(config)
-    _check_batch(config, mesh)
+    setup.check_batch(config, mesh)
 
     # --- Model -------------------------------------------------------------------------------------------------------
     source = sources.open_source(config)
     train_source, held_out = sources.split_held_out(source, config.data.held_out, config.seed)
     captions = functools.partial(sources.captions, train_source)
     model = start.build_model(config, method, workdir, captions, dry_run)
-    tokenize = model.caption_tokenizer()
-    empty_ids = None if tokenize is None else tokenize([""])[0]
-    context = Context(model.networks, config, empty_ids)
-    loss = functools.partial(method.loss, context)
+    make_state = functools.partial(setup.initial_state, config, method, model.networks)
+    abstract = jax.eval_shape(make_state, jax.tree.map(_shape, model.loaded))
+    if dry_run:
+        _describe(config, abstract, mesh)
+        return
+    if distributed.is_first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        configs.dump(config, workdir / "config.json")
+    journal.open(workdir, config.total_steps)
+
+    # --- Cache -------------------------------------------------------------------------------------------------------
+    assignment = sources.assign_sizes(train_source, config)
+    both = {"train": train_source, "held_out": held_out}
+    with stages("cache"):
+        folder = pathlib.Path(config.data.cache_dir or workdir / "cache")
+        both, empty = precompute(config, model, both, assignment, folder)
+    tokenize = None if config.data.cache_text else model.caption_tokenizer()
+    told = {"num_time_ids": model.num_time_ids}
 
     # --- State -------------------------------------------------------------------------------------------------------
-    def initial_state(loaded):
-        params = {part: loaded.get(part) or model.init(part) for part in model.parts}
-        trained, frozen = ({part: params[part] for part in parts} for parts in (model.trained, model.frozen))
-        return create(trained, frozen, optimizer)
-
-    abstract = jax.eval_shape(initial_state, jax.tree.map(_shape, model.loaded))
-    step_fn = functools.partial(
-        train_step,
-        loss=loss,
-        optimizer=optimizer,
-        ema_decay=config.ema_decay,
-        seed=config.seed,
-        grad_accumulation=config.grad_accumulation,
-    )
-    step = MappedStep(step_fn, mesh, config.parallelism, abstract)
-    if dry_run:
-        _print_plan(config, abstract, mesh)
-        return
-
-    # --- Resume ------------------------------------------------------------------------------------------------------
-    workdir.mkdir(parents=True, exist_ok=True)
-    configs.dump(config, workdir / "config.json")
+    context = Context(model.networks, config, empty)
+    step = setup.make_step(method, context, mesh, abstract)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, best="held_out_loss")
-    first_step, data_state = checkpoints.latest_step() or 0, None
-    if first_step:
-        state, data_state = _restore(checkpoints, abstract, step)
-    else:
-        there = None if step.pmap else sharding.state_shardings(model.loaded, mesh)
-        loaded = place(model.loaded, jnp.float32, there, where=config.init)
-        state = sharding.jit(initial_state, once=True, out_shardings=None if step.pmap else step.shardings)(loaded)
-        del loaded
-    state = step.place_state(state)
+    first_step, data_state = 0, None
+    resumes = checkpoints.any_step()
+    with stages("restore" if resumes else "initialise"):
+        if resumes:
+            state, data_state = _restore(checkpoints, step)
+            first_step = int(state.step)
+        else:
+            there = None if step.pmap else sharding.state_shardings(model.loaded, mesh)
+            loaded = place(model.loaded, jnp.float32, there, where=config.init)
+            state = sharding.jit(make_state, once=True, out_shardings=None if step.pmap else step.shardings)(loaded)
+            del loaded
+        state = step.place_state(state)
     model.loaded.clear()
-    journal.open(workdir, first_step, config.total_steps, config.batch_size)
+    journal.rewind(first_step)
     journal.log(f"{'resumed at' if first_step else 'starting from'} step {first_step} of {config.total_steps}")
+    if preemption.reached(first_step):
+        raise Preempted(first_step)
 
     # --- Data --------------------------------------------------------------------------------------------------------
-    if config.data.cache_latents:
-        vae = step.whole_state(state).raw_model["vae"]
-        encode = functools.partial(_encode_moments, vae, model.networks)
-        caching = functools.partial(
-            latents.cache_moments,
-            encode=encode,
-            weights=vae,
-            folder=workdir / "latents",
-            config=config,
-            num_time_ids=model.num_time_ids,
-        )
-        train_source, held_out = caching(train_source, "train"), caching(held_out, "held_out")
-    told = {"num_time_ids": model.num_time_ids}
-    batches = loader.make_loader(train_source, tokenize, config, start_state=data_state, **told)
+    batches = loader.make_loader(both["train"], tokenize, config, assignment, start_state=data_state, **told)
     slots = _slots(config.batch_size)
     stream = loader.prefetch(batches, lambda batch: step.place_batch(_arrays(batch, slots)))
-    shown = held_out if len(held_out) else train_source
+    shown = both["held_out"] if len(held_out) else both["train"]
     fixed = [_arrays(batch, slots) for batch in loader.fixed_batches(shown, tokenize, config, **told)]
-    evaluate = _make_evaluator(loss, config.seed, fixed) if len(held_out) else None
+    held = [sharding.place_batch(batch, mesh) if _divides(batch, mesh) else batch for batch in fixed]
+    judge = None
+    if len(held_out):
+        judge = evaluate.make_evaluator(method, context, config.seed, held, gather=step.gather)
+
+    shapes = [setup.batch_shapes(config, model.networks, size) for size in batches.sizes]
+    if first_step < config.total_steps:
+        with stages("compile"):
+            for of_batch in shapes:
+                step.compile(of_batch)
+            # Gloo gives up where a process comes to its first collective 30 seconds after another
+            distributed.barrier("compiled")
+        said = ", ".join(f"{width}x{height}" for height, width in batches.sizes)
+        journal.log(f"{len(step.programs)} compiled, for pictures of {said}: {stages.seconds['compile']:.1f} s")
+    throughput = Throughput(
+        stages,
+        config.batch_size,
+        setup.flops_per_image(method, context, abstract, shapes[0]),
+        hardware.peak_flops(jax.devices()[0].device_kind),
+        mesh.size,
+        workdir / "summary.json",
+        started,
+        first_step,
+    )
     rate = learning_rate(config)
 
     # --- Train -------------------------------------------------------------------------------------------------------
-    def write_row(at: int, metrics: dict[str, Any], extra: dict[str, float]) -> float:
-        """Waits for a step's metrics and records them. Returns whether it was skipped."""
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        row = journal.step(at, {**values, "learning_rate": float(rate(at - 1)), **extra})
+    def write_row(at: int, metrics: dict[str, Any], extra: dict[str, float]) -> Verdict:
+        """Waits for a step's metrics and records them. Returns what to do about it, should it have been skipped."""
+        with stages("device"):
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        row = {"step": at, **values, "learning_rate": float(rate(at - 1)), **extra, **throughput.row()}
+        journal.step(row)
         if at % max(config.log_steps, 1) == 0:
             journal.log(", ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-        return values["skipped"]
+        return nonfinite.after(bool(values["skipped"]))
 
     def save(at: int, extra: dict[str, float]) -> None:
-        whole = step.whole_state(state)
-        tree = {"step": whole.step, "params": whole.raw_model, "ema": whole.ema, "opt_state": whole.opt_state}
-        checkpoints.save(at, tree, data_state, model.meta(at), extra)
+        with stages("checkpoint"):
+            whole = step.whole_state(state)
+            checkpoints.save(at, _tree(whole), data_state, model.meta(at), extra)
+        throughput.saved(at)
 
     due = lambda every, at: every and (at % every == 0 or at == config.total_steps)  # noqa: E731
-    pending, skipped_in_a_row, extra = None, 0.0, {}
-    for at in range(first_step + 1, config.total_steps + 1):
-        batch, data_state = next(stream)
-        state, metrics = step(state, batch)
+    tracing = profile is not None and distributed.is_first()
+    nonfinite = Nonfinite(config.max_skipped, config.rollbacks)
+    at, stop, pending, extra = first_step, False, None, {}
+    while at < config.total_steps and not stop:
+        at += 1
+        if tracing and at == profile[0]:
+            jax.profiler.start_trace(str(workdir / "profile"))
+        with stages("data"):
+            batch, data_state = next(stream)
+        with stages("dispatch"):
+            state, metrics = step(state, batch)
+        verdict = "go on"
         if pending is not None:  # the row of the step before: the device is busy with this one meanwhile
-            skipped_in_a_row = (skipped_in_a_row + 1) * write_row(*pending)
-            if skipped_in_a_row >= MOST_SKIPPED:
-                raise FloatingPointError(
-                    f"no finite loss in the {MOST_SKIPPED} steps before step {at}: see metrics.jsonl"
-                )
+            verdict = write_row(*pending)
         extra = {}
-        if evaluate is not None and due(config.eval_steps, at):
-            extra["held_out_loss"] = evaluate(step.whole_state(state).ema_model)
+        if judge is not None and due(config.eval_steps, at):
+            with stages("evaluation"), jax.set_mesh(mesh):
+                extra = judge(step.whole_state(state).ema_model)
             journal.log(f"step {at}: held-out loss {extra['held_out_loss']:.6g}")
         pending = (at, metrics, extra)
-        if due(config.checkpoint_steps, at) or at == config.total_steps:
-            write_row(*pending)
-            pending = None
+        stop = preemption.reached(at)
+        saving = due(config.checkpoint_steps, at) or at == config.total_steps or stop
+        if saving and verdict == "go on":
+            verdict, pending = write_row(*pending), None
+        if verdict == "stop" or (verdict == "roll back" and not checkpoints.any_step()):
+            raise FloatingPointError(
+                f"no finite loss in {config.max_skipped} steps before step {at}, after {nonfinite.rolled_back} returns "
+                "to a checkpoint: see metrics.jsonl; a lower config.optimizer.learning_rate may mend it"
+            )
+        if verdict == "roll back":
+            with stages("restore"):
+                checkpoints.wait()
+                state, _ = _restore(checkpoints, step)
+                at, pending = int(state.step), None
+                state = step.place_state(state)
+            journal.rewind(at)
+            journal.log(f"{config.max_skipped} steps without a finite loss: back to step {at}, with other data")
+            continue
+        if saving:
             if at == config.total_steps and method.finish is not None:
-                model.networks = method.finish(model.networks, step.whole_state(state).ema_model, fixed)
+                model.networks = method.finish(model.networks, step.whole_state(state).ema_model, held)
             save(at, extra)
-        if due(config.sample_steps, at):
-            sheet = samples.draw(config, model, step.whole_state(state).ema_model, fixed[0])
-            media.write_png(workdir / "samples" / f"{at:07d}.png", sheet, {})
-            journal.picture(at, "samples", sheet)
-        if extra or due(config.sample_steps, at):
-            journal.pause()
+        if due(config.sample_steps, at) and not stop:
+            with stages("samples"):
+                _draw(config, model, step.whole_state(state).ema_model, fixed[0], at, workdir, journal)
+        if tracing and at == sum(profile) - 1:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            journal.log(f"a trace of {profile[1]} steps is in {workdir / 'profile'}")
 
     # --- Finish ------------------------------------------------------------------------------------------------------
     if first_step >= config.total_steps:
@@ -176,17 +215,13 @@ def _train(config: ConfigDict, workdir: pathlib.Path | None, dry_run: bool, star
     if batches.bad_files.names:
         journal.log(str(batches.bad_files))
     batches.close()
-    checkpoints.close()
-    seconds = _add_seconds(workdir / "summary.json", time.time() - started, config.total_steps)
-    journal.log(f"done in {seconds:.0f} seconds: {workdir}")
-
-
-def _check_batch(config: ConfigDict, mesh) -> None:
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.grad_accumulation
-    if config.batch_size % parts:
-        raise ValueError(
-            f"config.batch_size={config.batch_size} does not divide into {parts} parts (devices x grad_accumulation)"
-        )
+    with stages("checkpoint"):
+        checkpoints.close()
+    summary = throughput.saved(at)
+    if at < config.total_steps:
+        journal.log(f"stopped as asked at step {at}, which is saved: the same command goes on from there")
+        raise Preempted(at)
+    journal.log(f"done in {summary['seconds']:.0f} seconds, goodput {summary['goodput']:.0%}: {workdir}")
 
 
 def _shape(leaf) -> jax.ShapeDtypeStruct:
@@ -201,50 +236,60 @@ def _slots(batch_size: int) -> np.ndarray:
 
 def _arrays(batch: dict, slots: np.ndarray) -> dict[str, np.ndarray]:
     """What the loss reads of a loader's batch."""
-    kept = {name: batch[name] for name in ("pixels", "moments", "input_ids", "time_ids") if name in batch}
-    return {**kept, "slot": slots[: len(batch["index"])]}
+    return {**{name: x for name, x in batch.items() if name != "index"}, "slot": slots[: len(batch["index"])]}
 
 
-@functools.partial(sharding.jit, static_argnums=1)
-def _encode_moments(params, networks, pixels):
-    posterior = networks.vae.apply({"params": params}, to_image(pixels), method="encode")
-    return jnp.concatenate([posterior.mean, posterior.logvar], axis=-1)
+def _divides(batch: dict, mesh: Mesh) -> bool:
+    """Whether a batch, of one process perhaps a small one, can be split over the mesh."""
+    return len(batch["slot"]) * jax.process_count() % (mesh.size // mesh.shape["tensor"]) == 0
 
 
-def _make_evaluator(loss, seed: int, batches: list[dict]):
-    """-> function of a model's params: the loss on the same held-out images with the same draws every time."""
-
-    @sharding.jit
-    def one(params, batch, number):
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        return loss(params, batch, noise.example_keys(key, EVAL_STEP, batch["slot"]))[0]
-
-    return lambda params: float(np.mean([float(one(params, batch, i)) for i, batch in enumerate(batches)]))
-
-
-def _restore(checkpoints: Checkpoints, abstract: TrainState, step: MappedStep) -> tuple[TrainState, Any]:
-    like = jax.tree.map(
-        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), abstract, step.shardings
+def _on_host(params):
+    """What several processes hold parts of, whole, in the first of them; of one process, as it is."""
+    if jax.process_count() == 1:
+        return params
+    keep = distributed.is_first()
+    return jax.tree.map(
+        lambda leaf: multihost_utils.process_allgather(leaf, tiled=True) if keep else _sent(leaf), params
     )
-    tree = {"step": like.step, "params": like.raw_model, "ema": like.ema, "opt_state": like.opt_state}
-    tree, data_state = checkpoints.restore(like=tree)
-    params = {part: tree["params"][part] for part in abstract.params}
-    frozen = {part: tree["params"][part] for part in abstract.frozen}
-    return TrainState(tree["step"], params, frozen, tree["ema"], tree["opt_state"]), data_state
 
 
-def _add_seconds(path: pathlib.Path, seconds: float, step: int) -> float:
-    """Keeps what the run took, over all the times that it was resumed after a checkpoint. Returns the sum."""
-    before = json.loads(path.read_text())["seconds"] if path.exists() else 0.0
-    path.write_text(json.dumps({"step": step, "seconds": round(before + seconds, 1)}) + "\n")
-    return before + seconds
+def _sent(leaf) -> None:
+    multihost_utils.process_allgather(leaf, tiled=True)
 
 
-def _print_plan(config: ConfigDict, abstract: TrainState, mesh) -> None:
+def _draw(config, model, params, batch, at, workdir, journal) -> None:
+    params = _on_host(params)
+    if distributed.is_first():
+        sheet = samples.draw(config, model, params, batch)
+        media.write_png(workdir / "samples" / f"{at:07d}.png", sheet, {})
+        journal.picture(at, "samples", sheet)
+
+
+def _tree(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds of a state; see `checkpoints/native.py`."""
+    first, *others = state.decays
+    tree = {"step": state.step, "params": state.raw_model, "ema": state.averages[first], "opt_state": state.opt_state}
+    return {**tree, "averages": {decay: state.averages[decay] for decay in others}} if others else tree
+
+
+def _restore(checkpoints: Checkpoints, step: MappedStep) -> tuple[TrainState, Any]:
+    like = step.abstract_state
+    tree, data_state = checkpoints.restore(like=_tree(like))
+    params = {part: tree["params"][part] for part in like.params}
+    frozen = {part: tree["params"][part] for part in like.frozen}
+    averages = {like.decays[0]: tree["ema"], **tree.get("averages", {})}
+    state = like.replace(
+        step=tree["step"], params=params, frozen=frozen, averages=averages, opt_state=tree["opt_state"]
+    )
+    return state, data_state
+
+
+def _describe(config: ConfigDict, abstract: TrainState, mesh: Mesh) -> None:
     print(configs.to_json(config))
     for part, tree in abstract.raw_model.items():
         moves = "trained" if part in abstract.params else "frozen"
         print(f"{part}: {trees.count(tree):,} parameters, {moves}")
     print(f"mesh: {dict(mesh.shape)}, parallelism: {config.parallelism}")
-    print(f"state: {trees.num_bytes(abstract):,} bytes (parameters, average and optimiser), over all devices")
+    print(f"state: {trees.num_bytes(abstract):,} bytes (parameters, averages and optimiser), over all devices")
     print(f"dry run: {config.method} for {config.total_steps} steps of {config.batch_size} images; nothing was trained")

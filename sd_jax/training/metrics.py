@@ -4,75 +4,86 @@ import json
 import logging
 import pathlib
 import time
+from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
 
 class Journal:
-    """The records of one workdir. It hears what the package logs from when it is made, and writes once it is open."""
+    """The records of one workdir. It hears what the package logs from when it is made, and writes once it is open.
+
+    Of several processes the first one's alone writes; warnings of the others go to their stderr.
+    """
 
     def __init__(self):
-        self._parts: list = []  # what is to be closed
-        self._heard: list[str] = []  # before it was open
+        self._workdir: pathlib.Path | None = None  # once it is open, in the first process
+        self._rows = self._log = self._events = self._bar = None
+        self._heard: list[str] | None = []  # before it was open; None = it is not to be written
         self._handler = _ToJournal(self)
         logging.getLogger("sd_jax").addHandler(self._handler)
 
-    def open(self, workdir: pathlib.Path, first_step: int, total_steps: int, batch_size: int) -> None:
-        """Rows beyond `first_step` are dropped: they will be made again."""
-        from tensorboardX import SummaryWriter
-
+    def open(self, workdir: pathlib.Path, total_steps: int) -> None:
+        """Call `rewind` before the first `step`."""
+        if jax.process_index() != 0:
+            self.close()
+            return
         workdir.mkdir(parents=True, exist_ok=True)
-        rows = workdir / "metrics.jsonl"
-        if rows.exists():
-            _keep_rows_up_to(rows, first_step)
-        self._rows = rows.open("a", buffering=1)  # line by line: a killed run keeps what it wrote
+        self._workdir = workdir
+        # Line by line: what has been reported outlives a kill
         self._log = (workdir / "log.txt").open("a", buffering=1)
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1, flush_secs=30)
-        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.05)
-        self._parts = [self._bar, self._rows, self._log, self._events]
-        self._batch_size, self._opened = batch_size, time.monotonic()
-        self._last = self._seconds = None  # when the last step ended; the running mean of what one takes
-        for text in self._heard:
+        self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, smoothing=0.05)
+        heard, self._heard = self._heard, None
+        for text in heard:
             self.log(text)
 
-    def step(self, step: int, metrics: dict[str, float]) -> dict:
-        """Records an optimiser step; call it once a step. Returns the row, with `images_per_second`, a running mean."""
-        now = time.monotonic()
-        if self._last is not None:
-            seconds = now - self._last
-            self._seconds = seconds if self._seconds is None else 0.9 * self._seconds + 0.1 * seconds
-        self._last = now
-        rate = self._batch_size / max(self._seconds or now - self._opened, 1e-9)
-        row = {"step": step, **metrics, "images_per_second": round(rate, 2)}
+    def rewind(self, step: int) -> None:
+        """The next step is the one after `step`: what was written of later ones is dropped, it will be made again."""
+        if self._workdir is None:
+            return
+        from tensorboardX import SummaryWriter
+
+        for part in filter(None, (self._rows, self._events)):
+            part.close()
+        rows = self._workdir / "metrics.jsonl"
+        if rows.exists():
+            _keep_rows_up_to(rows, step)
+        self._rows = rows.open("a", buffering=1)
+        self._events = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=step + 1, flush_secs=30)
+        self._bar.reset()
+        self._bar.initial = self._bar.n = step
+        self._bar.refresh()
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Records an optimiser step: numbers by their names, "step" and "loss" among them."""
+        if self._workdir is None:
+            return
         self._rows.write(json.dumps(row) + "\n")
         for name, value in row.items():
             if name != "step":
-                self._events.add_scalar(name, value, step)
+                self._events.add_scalar(name, value, row["step"])
         self._bar.update(1)
-        self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {rate:.1f} images/s", refresh=False)
-        return row
+        rate = f", {row['images_per_second']:.1f} images/s" if "images_per_second" in row else ""
+        self._bar.set_postfix_str(f"loss {row['loss']:.4f}{rate}", refresh=False)
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        self._events.add_image(name, pixels, step, dataformats="HWC")
+        if self._workdir is not None:
+            self._events.add_image(name, pixels, step, dataformats="HWC")
 
     def log(self, text: str) -> None:
         """A line in log.txt and above the progress bar."""
-        if not self._parts:
+        if self._workdir is not None:
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._bar.write(text)
+        elif self._heard is not None:
             self._heard.append(text)
-            return
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self._bar.write(text)
-
-    def pause(self) -> None:
-        """Leaves what happens between the last step and the next out of the rate."""
-        self._last = None
 
     def close(self) -> None:
         logging.getLogger("sd_jax").removeHandler(self._handler)
-        for part in self._parts:
+        for part in filter(None, (self._bar, self._rows, self._log, self._events)):
             part.close()
-        self._parts = []
+        self._workdir = self._heard = None
 
 
 class _ToJournal(logging.Handler):

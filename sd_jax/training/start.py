@@ -2,18 +2,16 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
 from logging import getLogger
 
-import jax
-import numpy as np
-from jaxtyping import Int32
 from ml_collections import ConfigDict
 
+from sd_jax import distributed
 from sd_jax.checkpoints import CheckpointError
 from sd_jax.checkpoints.load import open_checkpoint
 from sd_jax.models.networks import Networks
-from sd_jax.models.presets import PARTS, ModelSpec
+from sd_jax.models.presets import ModelSpec
+from sd_jax.prompts.chunks import CaptionTokenizer
 from sd_jax.prompts.tokenize import Tokenizer, load_tokenizer, train_tokenizer
 from sd_jax.training.methods import Method
 from sd_jax.types import Params
@@ -28,9 +26,9 @@ class Model:
     networks: Networks
     trained: tuple[str, ...]  # parts that the method moves
     frozen: tuple[str, ...]  # parts that it reads besides
-    loaded: dict[str, Params]  # not read yet; parts that are not here are made by `init`
+    loaded: dict[str, Params]  # not read yet; parts that are not here are made fresh
     tokenizer: Tokenizer | None
-    seed: int
+    text_chunks: int = 1  # of a caption
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -41,21 +39,11 @@ class Model:
         """Numbers that batches must tell the U-Net of each picture's size and crop."""
         return self.networks.spec.num_time_ids if "unet" in self.parts else 0
 
-    def init(self, part: str) -> Params:
-        key = jax.random.fold_in(jax.random.key(self.seed), PARTS.index(part))
-        return self.networks.init(part, key)
-
-    def caption_tokenizer(self) -> Callable[[Sequence[str]], np.ndarray] | None:
-        """Captions -> int32 [batch, tokens], for the data loader; long ones are counted and logged.
-
-        Padded as the first text encoder was trained: SD 2's with 0, although its words are those of SD 1's tokenizer.
-        """
+    def caption_tokenizer(self) -> CaptionTokenizer | None:
+        """Captions -> int32 [batch, text_chunks * positions], for the data loader; long ones are counted and logged."""
         if self.tokenizer is None:
             return None
-        spec = self.networks.spec
-        tokenize, end = self.tokenizer.for_captions(_positions(spec)), self.tokenizer.eos_token_id
-        pad = next(iter(spec.text_encoders.values())).pad_token_id
-        return tokenize if pad == self.tokenizer.pad_token_id else lambda texts: _repad(tokenize(texts), end, pad)
+        return CaptionTokenizer(self.tokenizer, self.networks.spec.positions, self.text_chunks)
 
     def meta(self, step: int) -> dict:
         """What a checkpoint says of itself, beside its arrays."""
@@ -69,7 +57,8 @@ def build_model(
     """Opens `config.init`, checks it against `config.model`, and loads or trains the tokenizer.
 
     captions: () -> the training captions, asked for only where a tokenizer is made from them.
-    Raises ValueError where a part can neither be loaded nor made, CheckpointError for another architecture.
+    Raises ValueError where a part can neither be loaded nor made and for what the method refuses, CheckpointError for
+    another architecture.
     """
     # In float32 whatever the file has: an average and small updates do not fit into half precision
     said = {"prediction_type": config.prediction_type or None}
@@ -78,17 +67,19 @@ def build_model(
         logger.info("%s: %s", config.init, note)
     if loaded is None and not config.model:
         raise ValueError("config.model and config.init are both empty: name a checkpoint or describe a model")
-    spec = ModelSpec.from_dict(config.model.to_dict()) if config.model else loaded.spec
+    spec = _with_clip_skip(ModelSpec.from_dict(config.model.to_dict()) if config.model else loaded.spec, config)
     trained, frozen = method.trainable(config, spec), method.frozen(config, spec)
     parts = trained + frozen
-    params = {} if loaded is None else {part: loaded.params[part] for part in parts if part in loaded.params}
+    there = {} if loaded is None else _chosen(loaded.params, config)
+    params = {part: there[part] for part in parts if part in there}
     for part in params:
-        spec = _take_spec(spec, loaded.spec, part, config.init)
+        spec = _take_spec(spec, _with_clip_skip(loaded.spec, config), part, config.init)
+    method.check(config, spec)
     missing = [part for part in frozen if part not in params]
     if missing:
         raise ValueError(
-            f"config.method={config.method!r} needs a trained {missing[0]}, and config.init={config.init!r} has none: "
-            "give the path of a checkpoint that does"
+            f"config.method={config.method!r} needs a trained {missing[0]}, and config.init={config.init!r} has none"
+            f"{' among config.init_parts' if config.init_parts else ''}: give the path of a checkpoint that does"
         )
     if not config.model and set(parts) - set(params):
         raise ValueError(
@@ -114,18 +105,28 @@ def build_model(
         if tokenizer is not None:
             for part in readers:
                 tokenizer.check(getattr(spec, part))
-    return Model(Networks.of(spec, config.dtype, config.remat), trained, frozen, params, tokenizer, config.seed)
+            tokenizer.pad_as(next(iter(spec.text_encoders.values())))
+    networks, chunks = Networks.of(spec, config.dtype, config.remat), config.diffusion.text_chunks if readers else 1
+    return Model(networks, trained, frozen, params, tokenizer, chunks)
 
 
-def _positions(spec: ModelSpec) -> int:
-    """Tokens of a prompt: what all text encoders take."""
-    return min(config.max_position_embeddings for config in spec.text_encoders.values())
+def _with_clip_skip(spec: ModelSpec, config: ConfigDict) -> ModelSpec:
+    """`spec` with the layer that the run reads, so that its checkpoints and samples read the same."""
+    if "diffusion" not in config or not config.diffusion.clip_skip:
+        return spec
+    texts = {
+        part: dataclasses.replace(text, clip_skip=config.diffusion.clip_skip)
+        for part, text in spec.text_encoders.items()
+    }
+    return dataclasses.replace(spec, **texts)
 
 
-def _repad(ids: Int32[np.ndarray, "batch tokens"], end: int, pad: int) -> Int32[np.ndarray, "batch tokens"]:
-    """`pad` behind each row's first `end`."""
-    ends = ids == end
-    return np.where(np.cumsum(ends, axis=1) > ends, np.int32(pad), ids)
+def _chosen(params: dict[str, Params], config: ConfigDict) -> dict[str, Params]:
+    """The parts of `config.init` that the run starts from: all, or those of `config.init_parts`."""
+    for part in config.init_parts:
+        if part not in params:
+            raise ValueError(f"config.init_parts names {part!r}, config.init={config.init!r} has {', '.join(params)}")
+    return {part: params[part] for part in params if not config.init_parts or part in config.init_parts}
 
 
 def _take_spec(spec: ModelSpec, loaded: ModelSpec, part: str, path: str) -> ModelSpec:
@@ -151,16 +152,21 @@ def _take_spec(spec: ModelSpec, loaded: ModelSpec, part: str, path: str) -> Mode
 
 
 def _tokenizer(config, spec, loaded, made, workdir, captions, dry_run) -> Tokenizer | None:
-    """The tokenizer of the run, kept in workdir/tokenizer so that samples and exports find it."""
+    """The tokenizer of the run, kept in workdir/tokenizer so that samples and exports find it.
+
+    Of several processes the first one writes it, and all read what it wrote: ids must not differ.
+    """
     kept = None if workdir is None else workdir / "tokenizer"
-    if kept is not None and kept.exists():
-        return load_tokenizer(kept)
-    if made and dry_run:
-        return None
-    if made:
-        most = min(text.vocab_size for text in spec.text_encoders.values())
-        return train_tokenizer(captions(), kept, most, _positions(spec))
-    tokenizer = load_tokenizer(config.tokenizer or (loaded.tokenizer if loaded else None))
+    there = kept is not None and kept.exists()
+    published = config.tokenizer or (loaded.tokenizer if loaded else None)
+    if dry_run and not there:
+        return None if made else load_tokenizer(published)
     if not dry_run:
-        tokenizer.save(kept)
-    return tokenizer
+        if distributed.is_first() and not there:
+            if made:
+                most = min(text.vocab_size for text in spec.text_encoders.values())
+                train_tokenizer(captions(), kept, most, spec.positions)
+            else:
+                load_tokenizer(published).save(kept)
+        distributed.barrier("tokenizer")
+    return load_tokenizer(kept)

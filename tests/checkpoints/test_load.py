@@ -4,12 +4,14 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
 from sd_jax.checkpoints import CheckpointError, read
 from sd_jax.checkpoints.load import load_checkpoint, open_checkpoint
+from sd_jax.checkpoints.native import Checkpoints
 from sd_jax.checkpoints.read_safetensors import write
 from sd_jax.checkpoints.save import save_checkpoint
 from sd_jax.models.families import FAMILIES, SDXL
@@ -328,6 +330,22 @@ def test_variants_and_shards(folder, params):
     assert "not an index of shards" in refused(folder)
 
 
+def test_another_average_of_a_workdir(params, tmp_path):
+    more = [
+        jax.tree.map(lambda p, add=add: np.asarray(p) + np.asarray(add, p.dtype), params["unet"]) for add in range(3)
+    ]
+    state = {"params": params, "ema": {"unet": more[1]}, "averages": {"0.99": {"unet": more[2]}}}
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    checkpoints.save(1, state, meta={"spec": SPEC.to_dict()})
+    checkpoints.close()
+    for weights, want in zip(("raw", "ema", "ema:0.99"), more, strict=True):
+        loaded = load_checkpoint(tmp_path / "run", weights=weights)
+        assert loaded.weights == weights
+        assert_same(loaded.params, {**params, "unet": want})
+    with pytest.raises(CheckpointError, match="no average weights='ema:0.5' is in it, only raw, ema, ema:0.99$"):
+        load_checkpoint(tmp_path / "run", weights="ema:0.5")
+
+
 def test_averaged_and_other_weights(folder, params):
     tensors = read(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
@@ -535,7 +553,8 @@ def test_arguments(folder):
         == "openai/clip-vit-large-patch14"
     )
     for wrong, said in (
-        ({"weights": "best"}, "weights='best' is neither"),
+        ({"weights": "best"}, "weights='best' is neither 'ema' nor 'raw', nor 'ema:' and a decay"),
+        ({"weights": "ema:0.999"}, "weights='ema:0.999' is for workdirs of ours, and .* is none"),
         ({"dtype": "int8"}, "dtype='int8' is not one of"),
         ({"prediction_type": "noise"}, "prediction_type='noise' is not one of"),
     ):

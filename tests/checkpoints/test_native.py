@@ -1,15 +1,14 @@
 """Training states in and out of Orbax: bits, which ones are kept, failures, and parameters alone."""
 
 import collections
-import functools
 import gc
 import logging
 import os
+import socket
 import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +29,12 @@ def make_state(seed=0.0, size=4):
         },
         "vae": {"quant_conv": {"bias": jnp.arange(3.0)}},
     }
-    average = {"unet": jax.tree.map(lambda p: p * jnp.asarray(2, p.dtype), params["unet"])}
+    average = lambda factor: {"unet": jax.tree.map(lambda p: p * jnp.asarray(factor, p.dtype), params["unet"])}  # noqa: E731
     return {
         "step": jnp.asarray(7, jnp.int32),
         "params": params,
-        "ema": average,
+        "ema": average(2),
+        "averages": {"0.999": average(3), "0.99": average(4)},
         "opt_state": optax.adamw(1e-3).init(params["unet"]),
     }
 
@@ -49,7 +49,7 @@ def assert_states_equal(got, want):
         assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-@pytest.mark.parametrize("data_state", [{"next_index": 5, "path": ["a", None]}, b"\x00\xff any bytes", None])
+@pytest.mark.parametrize("data_state", [{"images": 5, "num_records": 9}, None])
 def test_there_and_back(tmp_path, data_state):
     state, meta = make_state(), {"spec": SPEC.to_dict(), "tokenizer": "tokenizer"}
     checkpoints = Checkpoints(tmp_path / "checkpoints")
@@ -81,9 +81,12 @@ def test_last_and_best_are_kept(tmp_path):
 
     checkpoints = Checkpoints(tmp_path, keep=2, best="held_out_loss")  # it remembers over a restart
     checkpoints.save(7, make_state(), metrics={"held_out_loss": 4.0})
-    checkpoints.save(8, make_state(), metrics={"held_out_loss": 0.5})
+    checkpoints.save(8, make_state(), metrics={"held_out_loss": 3.0})
+    checkpoints.wait()
+    assert checkpoints.all_steps() == [2, 7, 8] and checkpoints.best_step() == 2
+    checkpoints.save(9, make_state(), metrics={"held_out_loss": 0.5})
     checkpoints.close()
-    assert checkpoints.all_steps() == [7, 8] and checkpoints.best_step() == 8
+    assert checkpoints.all_steps() == [8, 9] and checkpoints.best_step() == 9
 
 
 def test_only_the_last_are_kept_without_a_metric(tmp_path):
@@ -113,7 +116,7 @@ def test_donated_buffers_do_not_reach_the_disk(tmp_path):
 # Parameters alone
 
 
-@pytest.mark.parametrize(("weights", "factor"), [("ema", 2), ("raw", 1)])
+@pytest.mark.parametrize(("weights", "factor"), [("ema", 2), ("raw", 1), ("ema:0.999", 3), ("ema:0.99", 4)])
 def test_parameters_alone(tmp_path, weights, factor):
     state = make_state()
     checkpoints = Checkpoints(tmp_path)
@@ -122,13 +125,25 @@ def test_parameters_alone(tmp_path, weights, factor):
     checkpoints.close()
     params, meta, step, used = read_params(tmp_path, 3, weights)
     assert (step, used, meta["step"]) == (3, weights, 3)
-    want = state["ema"]["unet"] if weights == "ema" else state["params"]["unet"]
+    want = jax.tree.map(lambda p: p * jnp.asarray(factor, p.dtype), state["params"]["unet"])
     assert_same(params, {"unet": want, "vae": state["params"]["vae"]})  # the VAE has no average
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
 
     half = read_params(tmp_path, None, weights, np.dtype(np.float16), without=("vae",))[0]
     assert list(half) == ["unet"] and half["unet"]["conv_in"]["kernel"].dtype == np.float16
     np.testing.assert_array_equal(half["unet"]["conv_in"]["kernel"], factor * (np.arange(8).reshape(2, 4) + 1))
+
+
+def test_an_average_that_is_not_there(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, make_state())
+    checkpoints.close()
+    for name in ("ema:0.9", "ema:", "ema:0.99.unet"):
+        with pytest.raises(CheckpointError) as error:
+            read_params(tmp_path, weights=name)
+        assert str(error.value) == (
+            f"{tmp_path}/1: no average weights={name!r} is in it, only raw, ema, ema:0.99, ema:0.999"
+        )
 
 
 def test_parameters_are_read_while_a_run_writes(tmp_path):
@@ -177,7 +192,7 @@ def test_a_damaged_step_is_named(tmp_path):
             use()
     (tmp_path / "1" / "state" / "_METADATA").unlink()
     with pytest.raises(CheckpointError, match=f"^{tmp_path}/1: cannot be read"):
-        checkpoints.restore(like=abstract(state))
+        checkpoints.restore(1, like=abstract(state))
     checkpoints.close()
 
 
@@ -227,6 +242,8 @@ def test_what_a_killed_run_left_is_cleared_at_the_next_start(tmp_path):
 def test_a_step_half_removed_is_no_step(tmp_path):
     """Steps that are not kept are moved away whole before they are removed."""
     (tmp_path / "1" / "state").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="no finished checkpoint"):
+        read_params(tmp_path)
     (tmp_path / ".removed" / "0").mkdir(parents=True)
     checkpoints = Checkpoints(tmp_path, keep=1)
     for step in (2, 3):
@@ -245,43 +262,60 @@ def test_a_folder_that_cannot_be(tmp_path):
 # Several processes and devices
 
 
-def test_data_state_of_several_processes(tmp_path, monkeypatch):
-    entries = [native._encode({"next": i}) for i in range(2)]
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    assert native._of_this_process(entries, tmp_path) == {"next": 1}
-    monkeypatch.setattr(jax, "process_count", lambda: 3)
-    with pytest.raises(CheckpointError, match="written by 2 processes whose data stood at different places; 3 cannot"):
-        native._of_this_process(entries, tmp_path)
-    assert native._of_this_process(entries[:1] * 2, tmp_path) == {"next": 0}
-
-
 _ON_DEVICES = """
     import sys, jax, jax.numpy as jnp
     from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
     from sd_jax.checkpoints.native import Checkpoints
-    devices = jax.devices()
-    mesh = Mesh(devices, ("fsdp",))
-    where = NamedSharding(mesh, P("fsdp"))
-    checkpoints = Checkpoints(sys.argv[1])
-    value = jnp.arange(64.0).reshape(8, 8)
+    directory, processes, process, port = sys.argv[1], *map(int, sys.argv[2:])
+    if processes > 1:
+        jax.distributed.initialize(f"localhost:{port}", processes, process)
+    mesh = Mesh(jax.devices(), ("fsdp",))
+    where, everywhere = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P())
+    checkpoints = Checkpoints(directory)
+    make = jax.jit(lambda add: (jnp.arange(64.0).reshape(8, 8) + add, add), out_shardings=(where, everywhere))
     if checkpoints.latest_step() is None:
-        checkpoints.save(1, {"params": {"a": jax.device_put(value, where)}})
+        for step in (1, 2, 3):
+            a, b = make(jnp.float32(step))
+            checkpoints.save(step, {"params": {"a": a, "b": b}}, {"images": step, "num_records": 9})
+        checkpoints.wait()
     else:
-        like = {"params": {"a": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=where)}}
-        got = checkpoints.restore(like=like)[0]["params"]["a"]
-        assert (got == value).all() and got.sharding == where and len(devices) == 2
+        shape = lambda like, where: jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=where)
+        a, b = make(jnp.float32(0))
+        got, data = checkpoints.restore(like={"params": {"a": shape(a, where), "b": shape(b, everywhere)}})
+        got, step = got["params"], data["images"]
+        want = make(jnp.float32(step))[0]
+        assert jax.jit(lambda x, y: (x == y).all())(got["a"], want) and float(got["b"].addressable_data(0)) == step
+        assert got["a"].sharding == where
+        print("RESTORED", step, len(jax.devices()), checkpoints.all_steps())
     checkpoints.close()
 """
 
 
-def test_other_devices_go_on(tmp_path):
-    """Written from four devices, read on two."""
-    run = functools.partial(
-        subprocess.run, [sys.executable, "-c", textwrap.dedent(_ON_DEVICES), tmp_path], check=True, cwd=Path.cwd()
-    )
-    for devices in (4, 2):
-        run(env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"})
+def on_devices(directory, processes, devices):
+    """Runs it in so many processes of so many devices each; -> what each printed of its restoring."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = [[str(directory), str(processes), str(i), str(port)] for i in range(processes)]
+    script = textwrap.dedent(_ON_DEVICES)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen([sys.executable, "-c", script, *f], env=env, **pipes) for f in flags]
+    ended = [process.communicate(timeout=120) for process in started]
+    for process, (_, errors) in zip(started, ended, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    return [out.split("RESTORED ")[-1].strip() for out, _ in ended]
+
+
+def test_other_processes_and_devices_go_on(tmp_path):
+    """Written by two processes of two devices; read by one and by two, past a damaged one, on other devices."""
+    on_devices(tmp_path, processes=2, devices=2)
+    assert on_devices(tmp_path, processes=1, devices=2) == ["3 2 [1, 2, 3]"]
+    damaged = next(path for path in (tmp_path / "3" / "state").glob("ocdbt.process_1/d/*"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert on_devices(tmp_path, processes=2, devices=1) == ["2 2 [1, 2]"] * 2
+    assert (tmp_path / "3.damaged").is_dir()
+    assert on_devices(tmp_path, processes=1, devices=4) == ["2 4 [1, 2]"]
 
 
 def test_saving_does_not_wait_for_the_disk(tmp_path):

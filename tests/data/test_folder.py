@@ -25,8 +25,8 @@ def test_pictures_with_texts_beside_them(config, photos):
     assert len(source) == 12
     for i in range(12):
         record = source[i]
-        assert number_of(record) == i and record["caption"] == f"picture {i}" and record["index"] == i
-        assert record["pixels"].shape == (40, 48, 3) and source.texts(i) == (f"picture {i}",)
+        assert number_of(record) == i and record["fields"] == ((f"picture {i}",),) and record["index"] == i
+        assert record["pixels"].shape == (40, 48, 3) and source.fields(i) == record["fields"]
 
 
 def test_subfolders_any_case_and_hidden_files(config, tmp_path):
@@ -41,7 +41,7 @@ def test_subfolders_any_case_and_hidden_files(config, tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path)
     source = opened(config, tmp_path)
     assert [number_of(source[i]) for i in range(len(source))] == [1, 3]
-    assert [source[i]["caption"] for i in range(2)] == ["", "deep"]
+    assert [source[i]["fields"] for i in range(2)] == [((),), (("deep",),)]
 
 
 def test_missing_captions_are_counted_and_logged(config, photos, caplog):
@@ -49,13 +49,14 @@ def test_missing_captions_are_counted_and_logged(config, photos, caplog):
     (photos / "05.txt").unlink()
     source = opened(config, photos)
     assert "2 of 12 pictures" in caplog.text and "no caption" in caplog.text
-    assert source[3]["caption"] == "" and source.texts(3) == ()
+    assert source[3]["fields"] == source.fields(3) == ((),)
 
 
 def test_captions_may_be_left_unread(config, photos, caplog):
     (photos / "03.txt").unlink()
     config.data.caption_key = ""
-    assert opened(config, photos)[4]["caption"] == "" and not caplog.records
+    source = opened(config, photos)
+    assert source[4]["fields"] == source.fields(4) == () and not caplog.records
 
 
 def test_a_folder_with_splits_is_read_from_train(config, photos, caplog):
@@ -82,6 +83,36 @@ def test_broken_pictures_raise_when_they_are_read(config, photos):
         source[4]
 
 
+def test_sizes_of_every_kind_of_file_without_decoding(config, tmp_path, caplog, monkeypatch):
+    from PIL import Image, ImageFile
+
+    def write(name, height, width, orientation=None, **options):
+        exif = Image.Exif()
+        if orientation:
+            exif[0x0112] = orientation
+        Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(tmp_path / name, exif=exif, **options)
+
+    write("a.jpg", 20, 30)
+    write("b.jpg", 20, 30, 6)
+    write("c.png", 21, 31, 8)
+    write("cc.png", 20, 33)
+    write("d.webp", 22, 32, 5)
+    write("e.tiff", 23, 33, 3)
+    write("f.bmp", 24, 34)
+    (tmp_path / "g.jpg").write_bytes(b"")
+    (tmp_path / "h.png").write_bytes(b"these are words")
+    source = opened(config, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decodes"))
+        sizes = source.sizes()
+    np.testing.assert_array_equal(sizes[7:], [[0, 0], [0, 0]])
+    assert sizes.dtype == np.int64
+    for size, index in zip(sizes, range(7), strict=False):
+        assert tuple(size) == source[index]["pixels"].shape[:2]
+    assert sizes[:3].tolist() == [[20, 30], [30, 20], [31, 21]]
+    assert [word in caplog.text for word in ("g.jpg: ", "h.png: not a picture")] == [True, True]
+
+
 # -- Metadata --------------------------------------------------------------------------------------------------------
 
 
@@ -95,9 +126,8 @@ def test_jsonl(config, photos, caplog):
     )
     source = opened(config, photos)
     assert len(source) == 4
-    assert [source.texts(i) for i in range(4)] == [(), ("two", "a pair"), ("seven",), ("gone",)]
-    assert source[1]["caption"] == "two" and source[1]["captions"] == ("two", "a pair")
-    assert source[0]["caption"] == "" and "captions" not in source[2]
+    assert [source.fields(i) for i in range(4)] == [((),), (("two", "a pair"),), (("seven",),), (("gone",),)]
+    assert [source[i]["fields"] for i in range(3)] == [source.fields(i) for i in range(3)]
     assert "9 pictures" in caplog.text and "left out" in caplog.text and "1 of 4 pictures" in caplog.text
     with pytest.raises(BadImage, match=r"gone\.jpg"):
         source[3]
@@ -106,17 +136,20 @@ def test_jsonl(config, photos, caplog):
 def test_csv_and_other_names_of_columns(config, photos):
     (photos / "metadata.csv").write_text('image,caption\n01.jpg,"one, a number"\n')
     source = opened(config, photos)
-    assert len(source) == 1 and source.texts(0) == ("one, a number",) and number_of(source[0]) == 1
+    assert len(source) == 1 and source.fields(0) == (("one, a number",),) and number_of(source[0]) == 1
 
 
 def test_parquet(config, photos):
     import pyarrow
     import pyarrow.parquet
 
-    table = pyarrow.table({"file_name": ["03.jpg", "02.jpg"], "prompt": ["three", "two"]})
+    columns = {"file_name": ["03.jpg", "02.jpg"], "prompt": ["three", "two"], "tags": ["odd, 3", None]}
+    table = pyarrow.table(columns)
     pyarrow.parquet.write_table(table, photos / "metadata.parquet")
     config.data.caption_key = "prompt"
-    assert [opened(config, photos).texts(i) for i in range(2)] == [("two",), ("three",)]
+    assert [opened(config, photos).fields(i) for i in range(2)] == [(("two",),), (("three",),)]
+    config.data.caption_key = "tags, prompt"
+    assert [opened(config, photos).fields(i) for i in range(2)] == [((), ("two",)), (("odd, 3",), ("three",))]
 
 
 def test_metadata_speaks_for_its_own_folder(config, photos):
@@ -124,7 +157,7 @@ def test_metadata_speaks_for_its_own_folder(config, photos):
     (photos / "more" / "a.jpg").write_bytes(jpeg(20))
     write_metadata(photos / "more", {"file_name": "a.jpg", "text": "listed"})
     source = opened(config, photos)
-    assert len(source) == 13 and source.texts(0) == ("picture 0",) and source.texts(12) == ("listed",)
+    assert len(source) == 13 and source.fields(0) == (("picture 0",),) and source.fields(12) == (("listed",),)
 
 
 @pytest.mark.parametrize(

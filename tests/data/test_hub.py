@@ -53,12 +53,13 @@ def write_tar(path, numbers, **others):
 
 def check(source, texts):
     """Pictures 0, 1, 3 decode, picture 2 is broken when it is read."""
-    assert [source.texts(i) for i in range(len(source))] == texts
+    assert [source.fields(i) for i in range(len(source))] == texts
+    assert source.sizes().tolist() == [[40, 48] if i != 2 else [0, 0] for i in range(len(source))]
     for i in (0, 1, 3):
         record = source[i]
         assert number_of(record) == i and record["index"] == i
         assert source.full_size(i) == record["pixels"].shape[:2] == (40, 48)
-        assert record["caption"] == (texts[i][0] if texts[i] else "")
+        assert record["fields"] == texts[i]
     with pytest.raises(BadImage, match=r"record 2.*: not a picture"):
         source[2]
 
@@ -68,9 +69,9 @@ def test_parquet_with_an_image_column(config, tmp_path, caplog):
     (tmp_path / "data").mkdir()
     dataset.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
     (tmp_path / "preview.jpg").write_bytes(jpeg(9))  # decoration
-    check(opened(config, tmp_path), [("a",), (), ("c",), ()])
+    check(opened(config, tmp_path), [(("a",),), ((),), (("c",),), ((),)])
     assert "2 of 4 records" in caplog.text
-    check(opened(config, tmp_path / "data" / "train-00000-of-00001.parquet"), [("a",), (), ("c",), ()])
+    check(opened(config, tmp_path / "data" / "train-00000-of-00001.parquet"), [(("a",),), ((),), (("c",),), ((),)])
     check(opened(config, f"{tmp_path}/data/*.parquet", caption_key=""), [(), (), (), ()])
 
 
@@ -81,7 +82,7 @@ def test_parquet_with_plain_bytes_and_lists_of_captions(config, tmp_path):
     table = pyarrow.table({"picture": [jpeg(0), None], "captions": [["x", "y"], []], "size": [1, 2]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     source = opened(config, tmp_path, image_key="picture")
-    assert number_of(source[0]) == 0 and source[0]["captions"] == ("x", "y") and source.texts(1) == ()
+    assert number_of(source[0]) == 0 and source[0]["fields"] == (("x", "y"),) and source.fields(1) == ((),)
     with pytest.raises(BadImage, match="record 1: column picture is empty"):
         source[1]
     with pytest.raises(BadImage, match="record 0: column size holds int"):
@@ -93,9 +94,9 @@ def test_what_save_to_disk_wrote(config, tmp_path):
 
     dataset = hub_images(range(4), list("abcd"))
     dataset.save_to_disk(tmp_path / "one")
-    check(opened(config, tmp_path / "one"), [("a",), ("b",), ("c",), ("d",)])
+    check(opened(config, tmp_path / "one"), [((letter,),) for letter in "abcd"])
     datasets.DatasetDict({"train": dataset, "test": dataset}).save_to_disk(tmp_path / "splits")
-    check(opened(config, tmp_path / "splits"), [("a",), ("b",), ("c",), ("d",)])
+    check(opened(config, tmp_path / "splits"), [((letter,),) for letter in "abcd"])
     datasets.DatasetDict({"x": dataset, "y": dataset}).save_to_disk(tmp_path / "odd")
     with pytest.raises(DataError, match="no split 'train', only x, y"):
         opened(config, tmp_path / "odd")
@@ -105,9 +106,12 @@ def test_webdataset_tars(config, tmp_path, caplog):
     text, about = (lambda n: f"picture {n}".encode()), (lambda n: json.dumps({"caption": f"json {n}"}).encode())
     write_tar(tmp_path / "00000.tar", (0, 1), txt=text, json=about)
     write_tar(tmp_path / "00001.tar", (2, 3), txt=text, json=about)
-    check(opened(config, tmp_path), [(f"picture {i}",) for i in range(4)])
+    check(opened(config, tmp_path), [((f"picture {i}",),) for i in range(4)])
     source = opened(config, f"{tmp_path}/*.tar", caption_key="json.caption")
-    check(source, [(f"json {i}",) for i in range(4)])
+    check(source, [((f"json {i}",),) for i in range(4)])
+    source = opened(config, f"{tmp_path}/*.tar", caption_key="txt,json.caption")
+    check(source, [((f"picture {i}",), (f"json {i}",)) for i in range(4)])
+    source = opened(config, f"{tmp_path}/*.tar", caption_key="json.caption")
     with pytest.raises(BadImage, match="00002.jpg"):
         source[2]
     assert len(opened(config, tmp_path / "00001.tar", caption_key="text")) == 2
@@ -117,7 +121,37 @@ def test_jsonl_with_file_names(config, photos):
     rows = [{"image": f"{n:02d}.jpg", "caption": f"number {n}"} for n in range(3)] + [{"image": None, "caption": "x"}]
     (photos / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = opened(config, photos / "list.jsonl")
-    assert [number_of(source[n]) for n in range(3)] == [0, 1, 2] and source[1]["caption"] == "number 1"
+    assert [number_of(source[n]) for n in range(3)] == [0, 1, 2] and source.fields(1) == (("number 1",),)
+
+
+def with_sizes(path, heights, widths, names=("HEIGHT", "WIDTH")):
+    """Pictures of 40x48, the third broken, and what columns say of their sizes."""
+    dataset = hub_images(range(len(heights)), ["x"] * len(heights))
+    for name, values in zip(names, (heights, widths), strict=True):
+        dataset = dataset.add_column(name, values)
+    dataset.to_parquet(path)
+
+
+def test_sizes_are_read_from_columns_of_any_usual_name(config, tmp_path, monkeypatch):
+    from sd_jax.data import headers, hub
+
+    monkeypatch.setattr(hub, "_PROBED", 2)  # the first and the last
+    probed, read = [], headers.size
+    monkeypatch.setattr(headers, "size", lambda data, name: probed.append(name) or read(data, name))
+    # What the columns say of the records between is believed, but for the one of which they say nothing
+    with_sizes(tmp_path / "a.parquet", [40, 7, None, 40, 40], [48.0, 9.0, 9.0, None, 48.0])
+    assert opened(config, tmp_path).sizes().tolist() == [[40, 48], [7, 9], [0, 0], [40, 48], [40, 48]]
+    assert len(probed) == 4
+    write_tar(
+        tmp_path / "a.tar", (0, 1, 3), json=lambda n: json.dumps({"height": 40, "width": 48 + n % 3 % 2}).encode()
+    )
+    assert opened(config, tmp_path / "a.tar", caption_key="").sizes().tolist() == [[40, 48], [40, 49], [40, 48]]
+
+
+@pytest.mark.parametrize(("heights", "widths"), [([80] * 4, [96] * 4), (["40"] * 4, ["wide"] * 4)])
+def test_columns_that_are_not_the_sizes_of_the_pictures_are_not_believed(config, tmp_path, heights, widths):
+    with_sizes(tmp_path / "a.parquet", heights, widths, ("height", "image_width"))
+    assert opened(config, tmp_path).sizes().tolist() == [[40, 48], [40, 48], [0, 0], [40, 48]]
 
 
 def test_missing_columns_are_listed(config, tmp_path):

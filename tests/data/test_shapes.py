@@ -1,5 +1,6 @@
 import collections
 import pickle
+import zlib
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from sd_jax.data.shapes import (
     full_caption,
     render,
 )
-from sd_jax.data.shapes_drawing import BACKGROUNDS, REACH, coverage
+from sd_jax.data.shapes_drawing import BACKGROUNDS, REACH, background_levels, coverage
 
 
 def _pairs(scenes):
@@ -139,7 +140,7 @@ def test_captions_are_true_varied_and_of_few_words():
     worlds = [ShapesWorld(32, 3000, split=split, two_objects=0.4) for split in ("train", "held_out")]
     for world in worlds:
         for i in range(len(world)):
-            scene, caption = world.scene(i), world[i]["caption"]
+            scene, caption = world.scene(i), world.caption(i)
             captions.add(caption)
             words.update(caption.replace(",", "").split())
             assert len(caption.split()) <= 20
@@ -199,7 +200,78 @@ def test_evaluation_scenes_are_balanced_and_repeatable():
     assert len(evaluation_scenes("held_out", 3)) == 3 and evaluation_scenes("held_out", 0) == []
 
 
+# -- Other aspects ---------------------------------------------------------------------------------------------------
+
+
+def test_squares_are_what_they_were_when_there_were_only_squares():
+    """Numbers of the code before there were aspects; of shapes that the square root is enough for."""
+    things = Thing("circle", "red", "small", 0.23, 0.3), Thing("ring", "blue", "medium", 0.71, 0.68)
+    sums = [880142211, 1836734630, 2444757517, 795508, 3741376351, 2257734901, 243380992, 3016038718]
+    for background, seen in zip(BACKGROUNDS, sums, strict=True):
+        scene = Scene(things, background, "left of")
+        assert zlib.crc32(render(scene, 30).tobytes()) == zlib.crc32(render(scene, (30, 30)).tobytes()) == seen
+    world = ShapesWorld(32, 100, seed=3, two_objects=0.5)
+    assert world.scene(1).things == (Thing("star", "orange", "medium", 0.5072343743450827, 0.2759520316299266),)
+    assert world[0]["caption"] == world.caption(0) == "there is a purple star below a cyan star"
+    assert all(world.size(i) == (32, 32) for i in range(20))
+
+
+def test_aspects_are_drawn_as_often_and_change_no_scene():
+    square, other = (ShapesWorld(64, 900, seed=1, aspects=aspects) for aspects in ((1.0,), (1.0, 2.0, 0.5)))
+    counts = collections.Counter(other.size(i) for i in range(900))
+    assert set(counts) == {(64, 64), (45, 91), (91, 45)} and min(counts.values()) > 250
+    for i in range(30):
+        example = other[i]
+        assert example["pixels"].shape == (*other.size(i), 3) and other.scene(i) == square.scene(i)
+        assert example["caption"] == other.caption(i) == square[i]["caption"]
+    again = ShapesWorld(64, 50, seed=1, aspects=(1.0, 2.0, 0.5))
+    assert [again.size(i) for i in range(50)] == [other.size(i) for i in range(50)]
+    assert [ShapesWorld(64, 50, seed=2, aspects=(1.0, 2.0)).size(i) for i in range(50)] != [
+        ShapesWorld(64, 50, seed=1, aspects=(1.0, 2.0)).size(i) for i in range(50)
+    ]
+
+
+@pytest.mark.parametrize("size", [(40, 80), (80, 40), (48, 60)])
+def test_things_stay_round_and_whole_and_spread_over_the_picture(size):
+    size = np.array(size)
+    short, long = size.min(), size.argmax()
+    for scene in evaluation_scenes("seen", 54):
+        (thing,) = scene.things
+        pixels = render(Scene((thing,), "plain white"), tuple(size.tolist()))
+        inside = np.argwhere(np.abs(pixels.astype(int) - pixels[0, 0]).max(2) > 90)  # covered by half or more
+        (low, high), radius = (inside.min(0), inside.max(0)), scene.radius(thing) * short
+        centre = np.array(size) * (thing.y, thing.x)
+        assert (REACH * radius < centre).all() and (centre < size - REACH * radius).all()  # nothing is cut
+        np.testing.assert_allclose((low + high) / 2 + 0.5, centre, atol=0.25 * radius + 1)
+        extent = high - low + 1
+        if thing.shape == "circle":
+            np.testing.assert_allclose(extent, 2 * radius, atol=1.5)
+        assert 1.4 * radius < extent.min() <= extent.max() < 2 * REACH * radius + 1.5
+        # A square out of the middle loses part of what lies at an end of a picture twice as long
+        at_the_end = abs((thing.y, thing.x)[long] - 0.5) > 0.1
+        edge = (size.max() - short) / 2
+        if size.max() == 2 * short and at_the_end:
+            assert low[long] < edge or high[long] >= edge + short
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_backgrounds_fill_pictures_of_any_aspect(background):
+    square, wide, tall = (background_levels(background, size) for size in (40, (40, 100), (100, 40)))
+    assert wide.shape == (40, 100) and tall.shape == (100, 40)
+    np.testing.assert_array_equal(wide[:, :40], square)  # as large as in the square of the shorter side
+    if "gradient" in background:
+        np.testing.assert_array_equal(wide[:, 60:], square)
+        assert tall[0, 0] > square[0, 0] and tall[-1, 0] < square[-1, 0] and (np.diff(tall[:, 0]) < 0).all()
+    else:
+        np.testing.assert_array_equal(tall[:40], square)
+        np.testing.assert_allclose(wide[:, 40:80], square, atol=0.01)  # and again
+        np.testing.assert_allclose(tall[40:80], square, atol=0.01)
+
+
 def test_mistaken_arguments_are_named():
+    for aspects in ((), (0.0,), (1.0, 9.0)):
+        with pytest.raises(ValueError, match="aspects="):
+            ShapesWorld(32, 10, aspects=aspects)
     with pytest.raises(ValueError, match="unknown split 'test'"):
         ShapesWorld(32, 10, split="test")
     with pytest.raises(ValueError, match="two_objects"):

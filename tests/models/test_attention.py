@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from sd_jax import hardware
 from sd_jax.models import attention as module
 from sd_jax.models.attention import Attention, FeedForward, SpatialTransformer, attention, choose_implementation
 
@@ -91,6 +92,39 @@ def test_chunks_keep_memory_below_the_score_matrix():
         jax.jit(lambda q, k, v: attention(q, k, v, implementation="chunked")).lower(shape, shape, shape).compile()
     )
     assert compiled.memory_analysis().temp_size_in_bytes < 16 * 4096 * 4096 * 4 / 4
+
+
+def test_what_a_mesh_shares_is_judged_by_what_each_device_has(monkeypatch):
+    """Under jit over a mesh shapes are global; pmap's and shard_map's are those of a device already."""
+    seen = []
+    monkeypatch.setattr(module, "choose_implementation", lambda scores, *_: seen.append(scores) or "plain")
+    shape = jax.ShapeDtypeStruct((8, 16, 2, 4), jnp.float32)
+    trace = lambda: jax.jit(lambda x: attention(x, x, x)).trace(shape)  # noqa: E731
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    by_hand = jax.sharding.AbstractMesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Manual,))
+    trace()
+    for over in (mesh, by_hand):
+        with jax.sharding.use_abstract_mesh(over):
+            trace()
+    scores = 8 * 2 * 16 * 16
+    assert seen == [scores, scores // 4, scores]
+
+
+def test_pairs_go_together_where_devices_share_them():
+    """A loop over pairs would make each device do all of them."""
+    shape = jax.ShapeDtypeStruct((4, 64, 2, 4), jnp.float32)
+
+    def loops():
+        traced = jax.jit(lambda x: attention(x, x, x, implementation="chunked")).trace(shape)
+        return [e.params["length"] for e in traced.jaxpr.jaxpr.eqns if e.primitive.name == "scan"]
+
+    with hardware.target("cpu"):
+        assert loops() == [8]
+        mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert loops() == [1]
+    with hardware.target("tpu"):
+        assert loops() == [1]
 
 
 def test_unknown_implementation_is_named():

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -59,6 +60,26 @@ def test_states_of_two_text_encoders_are_joined_and_the_last_is_pooled(params):
     skipped = networks.encode_text(params, ids, 2).context
     np.testing.assert_array_equal(skipped[..., 32:], second.context)
     assert np.abs(skipped[..., :32] - first.context).max() > 1e-3
+
+
+def test_chunks_are_read_one_by_one(params):
+    """The end of one does not pad the next, no token sees another chunk, and the first chunk's state is pooled."""
+    short = dataclasses.replace(TINY.text_encoder, max_position_embeddings=6)
+    networks = Networks.of(dataclasses.replace(TWO, text_encoder=short))
+    assert networks.spec.positions == 6  # of the encoder that reads fewest
+    model = params["text_encoder"]["text_model"]
+    places = {"embedding": model["embeddings"]["position_embedding"]["embedding"][:6]}
+    model = {**model, "embeddings": {**model["embeddings"], "position_embedding": places}}
+    params = {**params, "text_encoder": {"text_model": model}}
+    ids = np.random.default_rng(0).integers(1, 900, (2, 3, 6)).astype(np.int32)
+    ids[:, :, 4:] = 999
+    encode = jax.jit(networks.encode_text)
+    whole, alone = encode(params, ids.reshape(2, 18)), encode(params, ids.reshape(6, 6))
+    assert whole.context.shape == (2, 18, 32 + 48) and whole.pooled.shape == (2, 24)
+    np.testing.assert_allclose(whole.context.reshape(6, 6, -1), alone.context, atol=1e-6)
+    np.testing.assert_allclose(whole.pooled, alone.pooled[::3], atol=1e-6)
+    with pytest.raises(ValueError, match="13 token ids a text are no whole chunks of 6"):
+        networks.encode_text(params, jnp.zeros((1, 13), jnp.int32))
 
 
 def test_a_single_text_encoder_gives_its_own_state(params):

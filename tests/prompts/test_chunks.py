@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sd_jax.prompts.chunks import to_chunks
+from sd_jax.prompts.chunks import CaptionTokenizer, to_chunks
 from sd_jax.prompts.weights import SYNTAXES, Piece, parse
 from tests.prompts.prompt_table import ROWS, B
 
@@ -163,8 +163,62 @@ def test_other_padding_follows_the_end(words):
     ids, _ = to_chunks([Piece("a cat", 1.0)], Tokenizer(theirs, "other"), 8)
     a, cat = ids_of(words, "a cat")
     assert ids.tolist() == [[words.bos_token_id, a, cat, words.eos_token_id, 0, 0, 0, 0]]
+    start, end = words.bos_token_id, words.eos_token_id
+    ids = CaptionTokenizer(Tokenizer(theirs, "other"), 4, 2)(["cat"]).reshape(2, 4)
+    assert ids.tolist() == [[start, cat, end, 0], [start, end, 0, 0]]
 
 
 def test_an_encoder_must_have_room_for_a_word(words):
     with pytest.raises(ValueError, match="2 positions reads no words"):
         to_chunks([Piece("a", 1.0)], words, 2)
+
+
+# -- Captions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a red circle",
+        "cat " * 75,
+        "cat " * 76,
+        "cat " * 60 + ", " + "red " * 20,  # ends at the comma
+        "cat " * 225,
+        "cat " * 60 + ", " + "red " * 90 + "blue",
+    ],
+)
+def test_captions_have_the_chunks_of_a_prompt(words, text):
+    """And empty prompts behind them, as sampling puts behind the shorter of two texts."""
+    prompt, _ = to_chunks(parse(text), words, 77)
+    empty, _ = to_chunks([], words, 77)
+    for chunks in range(len(prompt), 4):
+        ids = CaptionTokenizer(words, 77, chunks)([text])
+        assert ids.dtype == np.int32
+        np.testing.assert_array_equal(ids[0], np.concatenate([*prompt, *[empty[0]] * (chunks - len(prompt))]))
+
+
+def test_captions_of_one_chunk_are_as_clip_was_trained(words):
+    """Cut where the chunk is full, comma or not: what would move on has nowhere to go."""
+    texts = ["a cat", "", "cat " * 60 + ", " + "red " * 20, "cat " * 75]
+    with pytest.warns(UserWarning, match="dropped: 'red red red red red red'"):
+        np.testing.assert_array_equal(CaptionTokenizer(words, 77)(texts), words(texts))
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_the_last_chunk_is_full_of_a_caption_that_is_cut(words, chunks):
+    text = "cat cat cat cat , " * 9
+    rows = CaptionTokenizer(words, 9, chunks)([text]).reshape(chunks, 9)
+    lengths = [list(row).index(words.eos_token_id) - 1 for row in rows]
+    assert lengths == [5] * (chunks - 1) + [7]  # the others end at the comma
+    kept = [token for row, length in zip(rows, lengths, strict=True) for token in row[1 : length + 1]]
+    assert kept == words.token_ids(text)[: len(kept)]
+
+
+def test_long_captions_are_counted_and_a_few_shown(words, caplog):
+    tokenize = CaptionTokenizer(words, 10, 2)
+    texts = ["red " * 16 + f"square squarely{i}" for i in range(20)]
+    assert tokenize(texts).shape == (20, 20) and tokenize.num_long == 20
+    assert tokenize(["red " * 16]).shape == (1, 20) and tokenize.num_long == 20
+    assert len(caplog.records) == 5 and "dropped 'square squarely0' of 'red red" in caplog.text
+    assert "squarely4" in caplog.text and "without being shown" in caplog.text

@@ -114,13 +114,6 @@ def test_long_prompts_show_the_dropped_words(folder):
         tokenizer(["a red circle " * 25 + "square"])
 
 
-def test_long_captions_are_counted_and_a_few_shown(folder, caplog):
-    tokenize_captions = load_tokenizer(folder).for_captions(10)
-    ids = tokenize_captions([f"a red circle a red circle a red circle number {i}" for i in range(20)])
-    assert ids.shape == (20, 10) and tokenize_captions.num_long == 20
-    assert len(caplog.records) == 5 and "circle number 0" in caplog.text and "without being shown" in caplog.text
-
-
 def test_threads_share_a_tokenizer(folder):
     tokenizer = load_tokenizer(folder)
     want = tokenizer(TEXTS)
@@ -179,6 +172,14 @@ def test_other_pad_tokens_and_added_words_survive(folder, tmp_path):
     tokenizer.save(tmp_path / "saved")
     np.testing.assert_array_equal(load_tokenizer(tmp_path / "saved")(text), ids)
     np.testing.assert_array_equal(reference_ids(tmp_path / "saved", text, 50), ids)
+
+
+def test_padding_is_the_text_encoders(folder):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.pad_as(dataclasses.replace(CLIPTextConfig(), pad_token_id=0))
+    assert tokenizer([""], 4)[0].tolist() == [tokenizer.bos_token_id, tokenizer.eos_token_id, 0, 0]
+    tokenizer.pad_as(CLIPTextConfig())  # 49407 is no token of this one
+    assert tokenizer.pad_token_id == 0
 
 
 def test_ids_must_have_rows_in_the_text_encoder(folder):

@@ -27,10 +27,15 @@ def run(door: str, *flags: str, devices: int = 1, check: bool = True) -> subproc
     return done
 
 
-def losses(workdir: pathlib.Path) -> dict[int, float]:
-    """{step: loss} of a run; fails where a step was written twice."""
+def rows(workdir: pathlib.Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl; none where it has not begun."""
     from sd_jax.training.metrics import read_rows
 
-    rows = read_rows(workdir)
-    assert len({row["step"] for row in rows}) == len(rows)
-    return {row["step"]: row["loss"] for row in rows}
+    return read_rows(workdir) if (workdir / "metrics.jsonl").exists() else []
+
+
+def losses(workdir: pathlib.Path) -> dict[int, float]:
+    """{step: loss} of a run; fails where a step was written twice."""
+    found = rows(workdir)
+    assert len({row["step"] for row in found}) == len(found)
+    return {row["step"]: row["loss"] for row in found}

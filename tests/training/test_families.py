@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import demo, finetune
-from sd_jax.checkpoints import native
+from sd_jax.checkpoints import native, read
 from sd_jax.checkpoints.native import Checkpoints
 from sd_jax.sampling.pipeline import load
 from sd_jax.training.loop import train
@@ -51,7 +51,8 @@ def test_a_run_from_nothing_keeps_draws_and_resumes_all_parts(autoencoder, train
     rows = read_rows(trained)
     assert [row["step"] for row in rows] == [1, 2] and rows[-1]["skipped"] == 0 and "held_out_loss" in rows[-1]
     assert sorted(path.name for path in (trained / "samples").iterdir()) == ["0000002.png"]
-    ids = np.load(trained / "latents" / "train.time_ids.npy")
+    (shard,) = (trained / "cache" / "train").glob("*.safetensors")
+    ids = read(shard)["time_ids"]
     np.testing.assert_array_equal(np.unique(ids, axis=0), [[32, 32, 0, 0, 32, 32]])
     raw, meta, step, _ = native.read_params(trained / "checkpoints", weights="raw")
     assert set(raw) == {"unet", "vae", "text_encoder", "text_encoder_2"} and step == 2

@@ -1,10 +1,6 @@
-"""Whole runs: the files they leave, resuming, being killed, bad commands."""
+"""Whole runs: the files they leave, resuming, bad commands."""
 
 import json
-import random
-import signal
-import subprocess
-import time
 
 import pytest
 
@@ -40,34 +36,6 @@ def test_resuming_a_finished_run_changes_nothing(uninterrupted):
     done = doors.run("train.py", *doors.TINY, f"--workdir={uninterrupted}", *SHORT, *flags)
     assert "nothing left to train" in done.stderr + done.stdout
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
-
-
-@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
-def test_killed_and_resumed_equals_uninterrupted_to_the_bit(uninterrupted, tmp_path, kills):
-    flags = [*doors.TINY, f"--workdir={tmp_path}", *SHORT, "--config.total_steps=20"]
-    flags += ["--config.checkpoint_steps=5", "--config.eval_steps=10"]
-    rng, killed = random.Random(kills), 0
-    while killed < kills:
-        process = subprocess.Popen(
-            doors.command("train.py", *flags), env=doors.environment(), cwd=doors.ROOT, stderr=subprocess.DEVNULL
-        )
-        before = _rows(tmp_path)
-        while process.poll() is None and _rows(tmp_path) <= before:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.3))
-        if process.poll() is not None:
-            break  # it was done before it could be killed: the rest of the test still holds
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        killed += 1
-    assert killed, "the run was never killed"
-    doors.run("train.py", *flags)
-    assert doors.losses(tmp_path) == doors.losses(uninterrupted)
-
-
-def _rows(workdir):
-    path = workdir / "metrics.jsonl"
-    return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
 def test_dry_run_tells_and_trains_nothing(tmp_path):

@@ -1,5 +1,6 @@
-"""What reaches the loss: every text encoder, its pooled state, sizes and crops, dropped captions."""
+"""What reaches the loss, what the loss is, its gradients, and which configs are refused."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,14 +12,15 @@ import pytest
 from sd_jax import sharding
 from sd_jax.config import training_defaults
 from sd_jax.diffusion import noise
-from sd_jax.diffusion.losses import denoising_losses
+from sd_jax.diffusion.training_noise import with_pyramid
 from sd_jax.models.networks import Networks
-from sd_jax.training import methods
-from sd_jax.training.methods import METHODS, Context
+from sd_jax.models.vae import Posterior
+from sd_jax.training.context import PYRAMID, Context, EmptyPrompt
+from sd_jax.training.methods import METHODS, method_of
 from sd_jax.training.state import create
 from sd_jax.training.step import train_step
 from sd_jax.types import NoiseScheduleConfig
-from tests.training import tiny_xl
+from tests.training import restated, tiny_xl
 from tests.training.tiny_xl import random_params
 
 END = tiny_xl.BASE.text_encoder.eos_token_id
@@ -40,11 +42,11 @@ def batch_of(spec, count=8):
     return jax.tree.map(jnp.asarray, batch)
 
 
-def context_of(spec, **diffusion):
+def context_of(spec, remat="none", **diffusion):
     config = training_defaults("full")
     config.batch_size = 8
     config.diffusion.update(diffusion)
-    return Context(Networks.of(spec), config, EMPTY)
+    return Context(Networks.of(spec, remat=remat), config, EmptyPrompt(EMPTY))
 
 
 def changed(tree, *path):
@@ -70,8 +72,8 @@ def base():
 
     @sharding.jit
     def run(params, batch):
-        state = create({p: params[p] for p in trained}, {p: params[p] for p in frozen}, optimizer)
-        return train_step(state, batch, loss=loss, optimizer=optimizer, ema_decay=0.9, seed=0)
+        state = create({p: params[p] for p in trained}, {p: params[p] for p in frozen}, optimizer, (0.9,))
+        return train_step(state, batch, loss=loss, optimizer=optimizer, ema_decays=(0.9,), seed=0)
 
     return random_params(tiny_xl.BASE), batch_of(tiny_xl.BASE), run
 
@@ -130,43 +132,166 @@ def test_a_refiner_has_one_text_encoder_and_five_numbers():
         jax.eval_shape(loss, {name: value for name, value in batch.items() if name != "time_ids"})
 
 
-@pytest.mark.parametrize("spec", [tiny_xl.BASE, tiny_xl.REFINER, tiny_xl.SD1], ids=["base", "refiner", "sd1"])
-def test_dropped_captions_are_what_sampling_takes_for_no_words(spec):
-    context, params, batch = context_of(spec, caption_dropout=0.5), random_params(spec), batch_of(spec)
-    keys = noise.example_keys(jax.random.key(0), 0, batch["slot"])
+# --- the loss is the papers' -----------------------------------------------------------------------------------------
+
+STEP_KEY = jax.random.fold_in(jax.random.key(0), 3)
+
+
+def loss_of(context, batch, **params):
+    keys = noise.example_keys(jax.random.key(0), 3, jnp.asarray(batch["slot"]))
+    params = {**restated.PARAMS, **params}
+    return METHODS["full"].loss(context, params, jax.tree.map(jnp.asarray, batch), keys)[0]
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "diffusion"),
+    [
+        ("epsilon", {}),
+        ("v_prediction", {"min_snr_gamma": 5.0, "caption_dropout": 0.5}),
+        ("sample", {"timesteps": "logit_normal", "timestep_mean": 0.3, "timestep_scale": 0.8, "min_snr_gamma": 1.0}),
+        ("flow", {"timesteps": "mode", "timestep_scale": 1.29, "min_snr_gamma": 5.0}),
+        ("epsilon", {"noise_offset": 0.2, "input_perturbation": 0.1, "min_snr_gamma": 5.0}),
+        ("v_prediction", {"noise_offset": 0.2, "input_perturbation": 0.1}),
+    ],
+)
+def test_loss_is_the_formula(prediction_type, diffusion):
+    context, batch = restated.context_of(NoiseScheduleConfig(prediction_type=prediction_type), **diffusion), None
+    batch = restated.batch_of()
+    error, weight, _ = restated.errors(STEP_KEY, batch, context)
+    np.testing.assert_allclose(loss_of(context, batch), np.mean(error * weight), rtol=1e-6)
+
+
+def test_loss_with_pyramid_noise():
+    """A network that answers nothing to epsilon has the mean square of the noise as its loss."""
+    context, batch = restated.context_of(pyramid_discount=0.4), restated.batch_of()
+    context = context._replace(networks=context.networks._replace(unet=Silent()))
+    keys = noise.example_keys(jax.random.key(0), 3, jnp.asarray(batch["slot"]))
+    n = with_pyramid(noise.normal(keys, restated.NOISE, (6, 10, 4)), keys, PYRAMID, 0.4)
+    np.testing.assert_allclose(loss_of(context, batch), np.mean(np.asarray(n, np.float64) ** 2), rtol=1e-6)
+
+
+class Silent:
+    def apply(self, variables, x, timesteps, told):
+        return jnp.zeros_like(x)
+
+
+def test_a_part_of_the_batch_draws_what_the_whole_does():
+    """Devices and micro-batches see parts: the mean of their losses is the loss of all."""
+    context = restated.context_of(noise_offset=0.1, input_perturbation=0.1, timesteps="cosmap", caption_dropout=0.5)
+    batch = restated.batch_of()
+    parts = [{name: value[i::2] for name, value in batch.items()} for i in range(2)]
+    halves = [float(loss_of(context, part)) for part in parts]
+    np.testing.assert_allclose(np.mean(halves), loss_of(context, batch), rtol=1e-6)
+    assert halves[0] != halves[1]
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def gradients_of(remat, parts):
+    """The gradient of the reduced SDXL's U-Net, as `train_step` hands it to the optimiser; its text is cached."""
+    context = context_of(tiny_xl.BASE, remat, min_snr_gamma=5.0, caption_dropout=0.2, noise_offset=0.1)
+    keep = optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params),
+        lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads),
+    )
+    loss = functools.partial(METHODS["full"].loss, context)
 
     @sharding.jit
-    def encode(params):
-        encodings = [context.networks.encode_text(params, ids) for ids in (batch["input_ids"], EMPTY[None])]
-        return methods.conditioning(context, params, batch, keys), *encodings
+    def run(params, batch):
+        state = create({"unet": params["unet"]}, {}, keep, (0.9,))
+        state, metrics = train_step(
+            state, batch, loss=loss, optimizer=keep, ema_decays=(0.9,), seed=0, grad_accumulation=parts
+        )
+        return state.opt_state, metrics["loss"]
 
-    told, whole, empty = encode(params)
-    dropped = np.asarray(noise.uniform(keys, methods.DROPOUT)) < 0.5
-    assert 0 < dropped.sum() < 8
-    for name in ("context", "pooled"):
-        got, kept, nothing = (np.asarray(getattr(c, name)) for c in (told, whole, empty))
-        np.testing.assert_allclose(got[~dropped], kept[~dropped], atol=1e-6)
-        nothing = np.zeros_like(nothing) if spec.force_zeros_for_empty_prompt else nothing
-        np.testing.assert_allclose(got[dropped], np.broadcast_to(nothing, got[dropped].shape), atol=1e-6)
-    if spec.num_time_ids:
-        np.testing.assert_array_equal(told.time_ids, batch["time_ids"])
-    else:
-        assert told.time_ids is None
+    batch, kept = batch_of(tiny_xl.BASE), restated.batch_of()
+    del batch["input_ids"]
+    batch |= {name: jnp.asarray(kept[name]) for name in ("context", "pooled")}
+    return run(random_params(tiny_xl.BASE), batch)
 
 
-@pytest.mark.parametrize("gamma", [None, 5.0])
-@pytest.mark.parametrize("name", ["v_prediction", "epsilon", "sample"])
-def test_losses_are_finite_down_to_zero_snr(name, gamma):
-    cfg = NoiseScheduleConfig(prediction_type=name, rescale_betas_zero_snr=True)
-    x0, n = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4, 4, 2)), jnp.float32)
-    timesteps = jnp.asarray([0, 998, 999])
+@pytest.fixture(scope="module")
+def plain_gradients():
+    return gradients_of("none", 1)
 
-    def loss(scale):
-        predict = lambda x, *_: scale * x  # noqa: E731
-        error, weight = denoising_losses(predict, x0, n, timesteps, None, cfg, gamma)
-        return jnp.mean(error * weight), (error, weight)
 
-    (value, (error, weight)), slope = jax.value_and_grad(loss, has_aux=True)(jnp.float32(0.5))
-    assert all(np.isfinite(x).all() for x in (value, error, weight, slope))
-    if name == "v_prediction":  # at pure noise the network sees n and should answer -x0
-        np.testing.assert_allclose(error[2], np.mean((0.5 * n[2] + x0[2]) ** 2), rtol=2e-3)
+@pytest.mark.parametrize(("remat", "parts"), [("blocks", 1), ("none", 4)])
+def test_gradients_are_the_plain_ones(plain_gradients, remat, parts):
+    (want, loss), (got, other_loss) = plain_gradients, gradients_of(remat, parts)
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
+    flat = lambda tree: np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])  # noqa: E731
+    print(f"{np.linalg.norm(flat(got) - flat(want)) / np.linalg.norm(flat(want)):.1e}")
+    assert np.linalg.norm(flat(got) - flat(want)) < 1e-6 * np.linalg.norm(flat(want))
+    assert min(np.abs(np.asarray(leaf)).max() for leaf in jax.tree.leaves(want)) > 0
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "said"),
+    [
+        ({"timesteps": "gaussian"}, "config.diffusion.timesteps='gaussian' is unknown: use uniform"),
+        ({"timesteps": "mode", "timestep_scale": 3.0}, "config.diffusion.timestep_scale=3"),
+        ({"timestep_mean": 0.5}, "config.diffusion.timestep_mean=0.5 is not read by"),
+        ({"noise_offset": -0.1}, "config.diffusion.noise_offset=-0.1: give a number from 0"),
+        ({"pyramid_discount": 1.5}, "config.diffusion.pyramid_discount=1.5: give a number from 0 .none. to 1"),
+        ({"input_perturbation": float("nan")}, "config.diffusion.input_perturbation=nan"),
+        ({"min_snr_gamma": -5.0}, "config.diffusion.min_snr_gamma=-5.0"),
+        ({"eval_bins": -1}, "config.diffusion.eval_bins=-1"),
+        ({"eval_bins": 1001}, "config.diffusion.eval_bins=1001: give a number from 0 .none. to 1000"),
+        ({"noise_offset": 0.1, "pyramid_discount": 0.3}, "noise_offset and config.diffusion.pyramid_discount"),
+        ({"caption_dropout": 2.0}, "config.diffusion.caption_dropout=2"),
+    ],
+)
+def test_what_cannot_be_is_named(diffusion, said):
+    context = restated.context_of(**diffusion)
+    with pytest.raises(ValueError, match=said):
+        METHODS["full"].check(context.config, context.networks.spec)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow"])
+def test_zero_terminal_snr_is_not_for_epsilon(prediction_type):
+    schedule = NoiseScheduleConfig(prediction_type=prediction_type, rescale_betas_zero_snr=True)
+    context = restated.context_of(schedule)
+    check = functools.partial(METHODS["full"].check, context.config, context.networks.spec)
+    if prediction_type == "epsilon":
+        with pytest.raises(ValueError, match="rescale_betas_zero_snr needs prediction_type 'v_prediction'"):
+            check()
+        return
+    check()
+    assert np.isfinite(loss_of(context, {**restated.batch_of(), "slot": np.full(8, 7, np.int32)}))
+
+
+def test_methods_say_which_there_are():
+    config = training_defaults("full")
+    assert method_of(config) is METHODS["full"]
+    config.method = "lora2"
+    with pytest.raises(ValueError, match="config.method='lora2' is unknown: use full, autoencoder"):
+        method_of(config)
+
+
+# --- autoencoder -----------------------------------------------------------------------------------------------------
+
+
+class Linear:
+    """A "VAE" whose latents are the image's first channel, stretched and moved."""
+
+    def apply(self, variables, image, method):
+        return Posterior(variables["params"] * image[..., :1] + 3, jnp.zeros_like(image[..., :1]))
+
+    def clone(self, config):
+        return self
+
+
+def test_scaling_factor_gives_unit_variance():
+    """Over all held-out latents, however they lie in batches."""
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3)).astype(np.uint8)
+    pixels[4:] //= 4
+    networks = Networks.of(tiny_xl.SD1)._replace(vae=Linear())
+    batches = [{"pixels": pixels[:4]}, {"pixels": pixels[4:]}]
+    after = METHODS["autoencoder"].finish(networks, {"vae": jnp.float32(0.7)}, batches)
+    z = 0.7 * (pixels[..., 0].astype(np.float64) / 127.5 - 1) + 3
+    np.testing.assert_allclose(after.spec.vae.scaling_factor, 1 / z.std(), rtol=2e-6)
+    assert after.spec == dataclasses.replace(tiny_xl.SD1, vae=after.spec.vae)

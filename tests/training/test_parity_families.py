@@ -9,7 +9,9 @@ from configs import finetune
 from sd_jax.data import loader, sources
 from sd_jax.diffusion import noise
 from sd_jax.training import start
-from sd_jax.training.methods import Context, method_of
+from sd_jax.training.conditioning import make_empty
+from sd_jax.training.context import Context
+from sd_jax.training.methods import method_of
 from tests.reference_families import saved_family
 
 pytestmark = pytest.mark.parity
@@ -37,7 +39,7 @@ def test_a_family_is_fine_tuned_as_it_is(name, tmp_path):
     assert ("time_ids" in batch) == (TRAINED[name] > 0) and model.num_time_ids == TRAINED[name]
     pads = next(iter(spec.text_encoders.values())).pad_token_id
     assert (batch["input_ids"][:, -1] == pads).all()
-    context = Context(model.networks, config, tokenize([""])[0])
+    context = Context(model.networks, config, make_empty(tokenize, model.networks, {}, config))
     batch = jax.tree.map(jax.numpy.asarray, {**batch, "slot": np.arange(2, dtype=np.int32)})
     shape, _ = jax.eval_shape(lambda params: method.loss(context, params, batch, noise.image_keys(0, 2)), model.loaded)
     assert shape.shape == () and shape.dtype == np.float32

@@ -1,0 +1,62 @@
+"""What a pretraining recipe's parts are worth, in shapes world on two CPU cores: a ladder of four runs at equal images.
+
+    python train.py --config=configs/shapes.py:full,seed=1 --workdir=runs/shapes_ladder/full_1
+    python -m sd_jax.evals --checkpoint=runs/shapes_ladder/full_1 --out=runs/shapes_ladder/full_1 --two_objects=0
+    python -m benchmarks.shapes_ladder            (all rungs, three seeds, and the table)
+
+Pictures of one object have aspect ratios 0.6, 1 and 5/3 in equal parts; what is judged are squares of 64x64. The
+autoencoder is the bundled model's, U-Net and text encoder start from nothing.
+
+    plain    squares cut out of the middle, the last weights as they are, every timestep counts alike
+    ema      the same, and a running average of the weights
+    buckets  the same as plain, but pictures keep their aspect ratio: 64x64, 48x80 and 80x48
+    full     average, buckets, and min-SNR weights of 5
+
+Cost: COST. Result: RESULT.
+"""
+
+from ml_collections import ConfigDict
+
+from sd_jax.config import parse_arg, training_defaults
+from sd_jax.models.presets import SHAPES_64
+from sd_jax.sampling.pipeline import BUNDLED
+from sd_jax.training.trial import make_small
+
+RUNGS = ("plain", "ema", "buckets", "full")
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    args = parse_arg(arg, rung="full", seed=0, runlocal=False)
+    if args.rung not in RUNGS:
+        raise ValueError(f"rung={args.rung!r}: use {', '.join(RUNGS)}")
+    config = training_defaults("full")
+    config.seed = args.seed
+    config.model = ConfigDict(SHAPES_64.to_dict())
+    config.init, config.init_parts = str(BUNDLED), ("vae",)
+    config.total_steps = 640
+    config.batch_size = 32
+    config.log_steps = 100
+    config.checkpoint_steps, config.eval_steps, config.sample_steps = 0, 320, 0
+    config.ema_decays = (0.99,) if args.rung in ("ema", "full") else (0.0,)
+
+    config.data.num_examples = 20_000
+    config.data.aspects = (0.6, 1.0, 5 / 3)
+    config.data.resolution = 64
+    config.data.crop = "centre"
+    config.data.held_out = 0.02
+    config.data.cache_latents = True
+    if args.rung in ("buckets", "full"):
+        config.data.buckets.step = 16
+
+    config.diffusion.min_snr_gamma = 5.0 if args.rung == "full" else 0.0
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.warmup_steps = 50
+    config.optimizer.b2 = 0.99
+    config.optimizer.weight_decay = 0.0
+
+    config.samples.prompts = ("a large red circle at the top on a plain white background",)
+    config.samples.guidance_scale = 2.5
+    if args.runlocal:
+        make_small(config)
+    return config

@@ -1,0 +1,119 @@
+"""What the U-Net is told of each picture while it learns: its caption, encoded or as it was stored, or none.
+
+A batch says it as `input_ids`, which are encoded in the step, or as `context` and `pooled`, which `encode_captions`
+made before. Both ways go through `Networks.encode_text`, as sampling does.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from sd_jax import sharding
+from sd_jax.data import captions
+from sd_jax.diffusion import noise
+from sd_jax.models.networks import Networks
+from sd_jax.models.presets import ModelSpec
+from sd_jax.training.context import DROPOUT, Context, EmptyPrompt, Keys
+from sd_jax.types import Conditioning, Params, TokenIds
+
+States = tuple[Float[Array, "batch tokens width"], Float[Array, "batch wide"] | None]  # context and pooled
+
+
+def conditioning(context: Context, params: Params, batch: dict[str, Array], keys: Keys) -> Conditioning:
+    """What the U-Net is told of each picture, its sizes and crop included.
+
+    A dropped caption is what sampling makes of an empty negative prompt: the empty prompt's encoding or, in families
+    that were trained so (SDXL), zeros. Context and pooled state go together.
+    """
+    networks, config, empty = context
+    drop = noise.uniform(keys, DROPOUT) < config.diffusion.caption_dropout
+    zeros = networks.spec.force_zeros_for_empty_prompt
+    if "context" in batch:
+        told = Conditioning(batch["context"], batch.get("pooled"))
+        if not zeros:
+            told = _where(drop, Conditioning(*(x if x is None else jnp.asarray(x)[None] for x in empty.states)), told)
+    else:
+        ids = batch["input_ids"]
+        ids = ids if zeros else jnp.where(drop[:, None], jnp.asarray(empty.ids)[None], ids)
+        told = networks.encode_text(params, ids, _clip_skip(config))
+    if zeros:
+        told = _where(drop, jax.tree.map(jnp.zeros_like, told), told)
+    return told.replace(time_ids=batch.get("time_ids"))
+
+
+def encode_captions(networks: Networks, params: Mapping[str, Params], ids: TokenIds, config: ConfigDict) -> States:
+    """(context, pooled) of token ids, as `conditioning` encodes them, in `config.dtype`; for keeping.
+
+    pooled is None where the U-Net does not read it. params: by part.
+    """
+    return _encode(params, networks, jnp.asarray(ids, jnp.int32), _clip_skip(config), config.dtype)
+
+
+def states_of(networks: Networks, params: Mapping[str, Params], ids: TokenIds, config: ConfigDict) -> States:
+    """`encode_captions` without a program of its own, to be traced."""
+    return _states(params, networks, ids, _clip_skip(config), config.dtype)
+
+
+def make_empty(
+    tokenize: Callable[[Sequence[str]], np.ndarray] | None,  # of `Model.caption_tokenizer`
+    networks: Networks,
+    params: Mapping[str, Params],  # by part; read where text is cached
+    config: ConfigDict,
+) -> EmptyPrompt | None:
+    """The empty prompt, as the batches of this config have their captions: ids, or states where text is cached.
+
+    None for methods that read no captions.
+    """
+    if tokenize is None:
+        return None
+    ids = tokenize([""])
+    if not config.data.cache_text:
+        return EmptyPrompt(ids[0])
+    context, pooled = encode_captions(networks, params, ids, config)
+    return EmptyPrompt(None, (np.asarray(context)[0], None if pooled is None else np.asarray(pooled)[0]))
+
+
+def check(config: ConfigDict, spec: ModelSpec) -> None:
+    """Raises ValueError where a config asks for captions or conditioning that there cannot be; names key and mend."""
+    captions.check(config.data)
+    diffusion, data = config.diffusion, config.data
+    if diffusion.text_chunks < 1:
+        raise ValueError(f"config.diffusion.text_chunks={diffusion.text_chunks}: give 1 or more")
+    layers = min(text.num_hidden_layers for text in spec.text_encoders.values())
+    if not 0 <= diffusion.clip_skip <= layers:
+        raise ValueError(
+            f"config.diffusion.clip_skip={diffusion.clip_skip}: give 1 (the last layer) to {layers}, or 0 for the "
+            "family's own"
+        )
+    if not 0 <= diffusion.caption_dropout <= 1:
+        raise ValueError(f"config.diffusion.caption_dropout={diffusion.caption_dropout}: give a share from 0 to 1")
+    if data.cache_captions < 1:
+        raise ValueError(f"config.data.cache_captions={data.cache_captions}: give 1 or more")
+    if data.cache_text and diffusion.train_text_encoder:
+        raise ValueError(
+            "config.data.cache_text keeps what the text encoders say, and config.diffusion.train_text_encoder changes "
+            "it: set one of them to False"
+        )
+
+
+def _clip_skip(config: ConfigDict) -> int | None:
+    return config.diffusion.clip_skip or None
+
+
+def _where(drop: Array, nothing: Conditioning, told: Conditioning) -> Conditioning:
+    """`nothing`, of one prompt or of as many, for the pictures that `drop` names."""
+    choose = lambda no, yes: jnp.where(drop.reshape(-1, *[1] * (yes.ndim - 1)), no, yes)  # noqa: E731
+    return jax.tree.map(choose, nothing, told)
+
+
+def _states(params, networks, ids, clip_skip, dtype):
+    told = networks.encode_text(params, ids, clip_skip)
+    pooled = told.pooled.astype(dtype) if networks.spec.unet.addition_embed_type == "text_time" else None
+    return told.context.astype(dtype), pooled
+
+
+_encode = sharding.jit(_states, static_argnums=(1, 3, 4))

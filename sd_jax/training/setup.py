@@ -1,0 +1,107 @@
+"""What a run is made of before it has data or weights: the shapes of its state and of its batches, and its step.
+
+The loop fills them; `plan.py` compiles them for devices that are not there.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sd_jax import flops
+from sd_jax.diffusion import noise
+from sd_jax.models.networks import Networks
+from sd_jax.models.presets import PARTS
+from sd_jax.training.conditioning import states_of
+from sd_jax.training.context import Context
+from sd_jax.training.methods import Method
+from sd_jax.training.optimizers import make_optimizer
+from sd_jax.training.state import TrainState, create
+from sd_jax.training.step import MappedStep, train_step
+from sd_jax.types import Params
+
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+
+def check_batch(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises ValueError where the global batch does not divide."""
+    parts = mesh.shape["slice"] * mesh.shape["data"] * mesh.shape["fsdp"] * config.grad_accumulation
+    if config.batch_size % parts:
+        raise ValueError(
+            f"config.batch_size={config.batch_size} does not divide into {parts} parts (devices x grad_accumulation)"
+        )
+
+
+def initial_state(config: ConfigDict, method: Method, networks: Networks, loaded: dict[str, Params]) -> TrainState:
+    """A state at step 0: the parts that are loaded, and the others fresh."""
+    spec = networks.spec
+
+    def make(part: str) -> Params:
+        key = jax.random.fold_in(jax.random.key(config.seed), PARTS.index(part))
+        return loaded[part] if part in loaded else networks.init(part, key)
+
+    trained, frozen = (
+        {part: make(part) for part in parts} for parts in (method.trainable(config, spec), method.frozen(config, spec))
+    )
+    return create(trained, frozen, make_optimizer(config), config.ema_decays)
+
+
+def make_step(
+    method: Method,
+    context: Context,
+    mesh: Mesh,
+    abstract_state: TrainState,  # of `jax.eval_shape(initial_state)`
+) -> MappedStep:
+    config = context.config
+    step = functools.partial(
+        train_step,
+        loss=functools.partial(method.loss, context),
+        optimizer=make_optimizer(config),
+        ema_decays=tuple(config.ema_decays),
+        seed=config.seed,
+        grad_accumulation=config.grad_accumulation,
+    )
+    return MappedStep(step, mesh, config.parallelism, abstract_state, config.dtype)
+
+
+def batch_shapes(config: ConfigDict, networks: Networks, size: tuple[int, int]) -> Shapes:
+    """The global batches of pictures of one size (height, width in pixels), by name; as the loader and the loop make
+    them. Raises ValueError for a size that the autoencoder does not take."""
+    spec, (height, width) = networks.spec, size
+    if height % spec.vae.downscale or width % spec.vae.downscale:
+        raise ValueError(
+            f"pictures of {width}x{height}: the autoencoder takes multiples of {spec.vae.downscale}; change "
+            "config.data.resolution or config.data.buckets.step"
+        )
+    shape = lambda *dims, dtype: jax.ShapeDtypeStruct((config.batch_size, *dims), dtype)  # noqa: E731
+    shapes = {"slot": shape(dtype=np.int32)}
+    if config.data.cache_latents:
+        h, w = height // spec.vae.downscale, width // spec.vae.downscale
+        shapes["moments"] = shape(h, w, 2 * spec.vae.latent_channels, dtype=np.float32)
+    else:
+        shapes["pixels"] = shape(height, width, 3, dtype=np.uint8)
+    if config.method == "autoencoder":
+        return shapes
+    if spec.num_time_ids:
+        shapes["time_ids"] = shape(spec.num_time_ids, dtype=np.float32)
+    ids = shape(config.diffusion.text_chunks * spec.positions, dtype=np.int32)
+    if not config.data.cache_text:
+        return {**shapes, "input_ids": ids}
+    params = {part: jax.eval_shape(lambda p=part: networks.init(p, jax.random.key(0))) for part in spec.text_encoders}
+    context, pooled = jax.eval_shape(functools.partial(states_of, networks, config=config), params, ids)
+    return {**shapes, "context": context, **({} if pooled is None else {"pooled": pooled})}
+
+
+def flops_per_image(method: Method, context: Context, abstract_state: TrainState, shapes: Shapes) -> float:
+    """Multiplications and additions of a step for one image, without what is computed twice to save memory."""
+    plain = context._replace(networks=Networks.of(context.networks.spec, context.config.dtype))
+    one = {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in shapes.items()}
+
+    def loss(params, frozen, batch):
+        keys = noise.example_keys(jax.random.key(0), jnp.zeros((), jnp.int32), batch["slot"])
+        return method.loss(plain, {**frozen, **params}, batch, keys)[0]
+
+    return flops.count(jax.grad(loss), abstract_state.params, abstract_state.frozen, one)
