@@ -1,6 +1,6 @@
 """What `--plan=cpu:8` says of memory, against what a run of the same config takes: python -m benchmarks.plan_memory
 
-The plan's figure is "the steps add": temporaries and program of all devices. The run's is its peak of resident memory
+The plan's figure is "the steps add": the temporaries of all devices. The run's is its peak of resident memory
 less what was resident before its first step, both from summary.json. Flags of train.py may follow, e.g.
 --config.batch_size=32. Prints the ratio of the two and ends with status 1 where it is further than a tenth from 1.
 """
@@ -25,6 +25,7 @@ FLAGS = (
     "--config.batch_size=64",
     "--config.optimizer.name=adamw",
     "--config.optimizer.learning_rate=1e-3",
+    "--config.optimizer.warmup_steps=1",
     "--config.total_steps=4",
     "--config.eval_steps=0",
     "--config.sample_steps=0",

@@ -29,7 +29,7 @@ made latents. The state takes 15.6 GB over all chips. Kept, a picture of 768 tak
 text states.
 
 Expected: FID and CLIP score are published as a plot alone; MLPerf's run of base_512 counts as converged at FID 90 and
-CLIP score 0.15 on 30,000 of COCO's captions. Verified here: --plan and :runlocal alone.
+CLIP score 0.15 on 30,000 of COCO's captions. Tried here: :runlocal.
 """
 
 import dataclasses

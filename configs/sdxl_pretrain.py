@@ -27,7 +27,7 @@ state takes 44.7 GB over all chips (fsdp=8: 5.6 GB on each). Kept, a picture of 
 kB of text states.
 
 Expected: people preferred the base to SD 1.5 and 2.1 by far (the paper's figure 1); its FID is worse than theirs
-(appendix F). Verified here: --plan and :runlocal alone.
+(appendix F). Tried here: :runlocal.
 """
 
 from ml_collections import ConfigDict

@@ -12,7 +12,7 @@ autoencoder is the bundled model's, U-Net and text encoder start from nothing.
     buckets  the same as plain, but pictures keep their aspect ratio: 64x64, 48x80 and 80x48
     full     average, buckets, and min-SNR weights of 5
 
-Cost: COST. Result: RESULT.
+Cost and result have not been measured yet.
 """
 
 from ml_collections import ConfigDict

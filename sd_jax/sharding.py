@@ -24,6 +24,8 @@ from jax.experimental import mesh_utils
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sd_jax import hardware
+
 AXES = ("slice", "data", "fsdp", "tensor")
 BATCH_AXES = ("slice", "data", "fsdp")
 SMALL = 2**14  # numbers: an array with fewer is whole on every device
@@ -181,16 +183,18 @@ def _arranged(shape: list[int], slices: int, devices: Sequence[Any]) -> np.ndarr
 # --- Programs ---------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def compiler_options() -> dict[str, str]:
-    """What XLA is told beyond its defaults.
+    """What XLA is told beyond its defaults, for the platform that is compiled for.
 
     On CPU, jaxlib 0.10 gives convolutions, matrix products and reductions to YNNPACK. It is fast for the latter two
     and takes up to twice Eigen's time for convolutions, which are therefore left off its list. A jaxlib that does not
     know the option is left alone.
     """
-    if jax.default_backend() != "cpu":
-        return {}
+    return _options_on_cpu() if hardware.backend() == "cpu" else {}
+
+
+@functools.cache
+def _options_on_cpu() -> dict[str, str]:
     fusions = ("LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT", "LIBRARY_FUSION_TYPE_REDUCE")
     options = {"xla_cpu_experimental_ynn_fusion_type": ",".join(fusions)}
     try:

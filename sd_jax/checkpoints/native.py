@@ -459,8 +459,9 @@ class _Keep:
 
 class _WithoutOrbax(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        source = f"{os.sep}orbax{os.sep}"
-        return source not in record.pathname and (record.name != "asyncio" or source not in record.getMessage())
+        source, folder = f"{os.sep}orbax{os.sep}", ".orbax-checkpoint-tmp"
+        said = record.getMessage() if record.name == "asyncio" else ""
+        return source not in record.pathname and source not in said and folder not in said
 
 
 _WITHOUT_ORBAX = _WithoutOrbax()

@@ -26,7 +26,7 @@ _SHAPE = re.compile(r"\b([a-z]+\d*)(?:e\d+m\d+\w*)?\[([\d,]*)\]")
 def sent_bytes(
     hlo: str,
     axes: Mapping[str, int],  # of the mesh that the program was compiled for, in their order
-    scaled: Mapping[str, float] | None = None,  # axes -> times as many devices, for a mesh that is larger along them
+    scaled: Mapping[str, float | int] | None = None,  # axes -> times as many devices, on a larger mesh
 ) -> dict[str, float]:
     """Bytes that one device sends in one run of the program, by kind of collective.
 
@@ -95,12 +95,12 @@ def _size(dtype: str, dims: str) -> float:
     return bits / 8 * math.prod(int(dim) for dim in dims.split(",") if dim)
 
 
-def _group(line: str, axes: Mapping[str, int], scaled: Mapping[str, float]) -> float:
+def _group(line: str, axes: Mapping[str, int], scaled: Mapping[str, float | int]) -> float:
     """How many devices take part together, on the larger mesh where there is one."""
     members = _members(line, math.prod(axes.values()))
     places = np.unravel_index(members, tuple(axes.values()))
     extent = [len(np.unique(place)) for place in places]
-    return len(members) * math.prod(scaled.get(axis, 1) for axis, n in zip(axes, extent, strict=True) if n > 1)
+    return float(len(members)) * math.prod(scaled.get(axis, 1) for axis, n in zip(axes, extent, strict=True) if n > 1)
 
 
 def _members(line: str, devices: int) -> np.ndarray:

@@ -5,6 +5,7 @@ tokenizer/. The same command on the same workdir goes on where the last checkpoi
 and processes. Every process of a run executes this; the first one alone writes what is not a checkpoint or a cache.
 """
 
+import contextlib
 import functools
 import pathlib
 import time
@@ -115,7 +116,9 @@ def _train(config, workdir, dry_run, started, profile, journal, stages, preempti
     stream = loader.prefetch(batches, lambda batch: step.place_batch(_arrays(batch, slots)))
     shown = both["held_out"] if len(held_out) else both["train"]
     fixed = [_arrays(batch, slots) for batch in loader.fixed_batches(shown, tokenize, config, **told)]
-    held = [sharding.place_batch(batch, mesh) if _divides(batch, mesh) else batch for batch in fixed]
+    # Of one process, what one device holds alone (pmap), and batches too small to be split, stay as they are
+    over_mesh = not step.pmap or jax.process_count() > 1
+    held = [sharding.place_batch(batch, mesh) if over_mesh and _divides(batch, mesh) else batch for batch in fixed]
     judge = None
     if len(held_out):
         judge = evaluate.make_evaluator(method, context, config.seed, held, gather=step.gather)
@@ -175,7 +178,7 @@ def _train(config, workdir, dry_run, started, profile, journal, stages, preempti
             verdict = write_row(*pending)
         extra = {}
         if judge is not None and due(config.eval_steps, at):
-            with stages("evaluation"), jax.set_mesh(mesh):
+            with stages("evaluation"), jax.set_mesh(mesh) if over_mesh else contextlib.nullcontext():
                 extra = judge(step.whole_state(state).ema_model)
             journal.log(f"step {at}: held-out loss {extra['held_out_loss']:.6g}")
         pending = (at, metrics, extra)

@@ -146,7 +146,7 @@ def _plan(config: ConfigDict, wanted: Topology, price: float | None) -> int:
     print(f"  {'together':20}{_gb(held):>12}  of {_gb(USABLE * memory)} ({USABLE:.0%} of {_gb(memory)})")
 
     if chip is None:
-        added = wanted.num_devices * sum(program.memory.get(kind, 0.0) for kind in ("temporaries", "program"))
+        added = wanted.num_devices * program.memory["temporaries"]
         print(f"  {'the steps add':20}{_gb(added):>12}  on all devices to what is there before the first")
 
     print("\narithmetic")

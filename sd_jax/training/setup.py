@@ -104,4 +104,4 @@ def flops_per_image(method: Method, context: Context, abstract_state: TrainState
         keys = noise.example_keys(jax.random.key(0), jnp.zeros((), jnp.int32), batch["slot"])
         return method.loss(plain, {**frozen, **params}, batch, keys)[0]
 
-    return flops.count(jax.grad(loss), abstract_state.params, abstract_state.frozen, one)
+    return flops.count_gradient(loss, abstract_state.params, abstract_state.frozen, one)

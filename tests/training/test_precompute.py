@@ -1,0 +1,63 @@
+"""Latents and text made once, and pictures of several sizes: whole runs of the tiny pretraining configs."""
+
+import jax
+import pytest
+
+from sd_jax.checkpoints import read
+from sd_jax.sampling.pipeline import Pipeline, load
+from tests.training import doors
+
+FLAGS = (
+    "--config=configs/sd15_pretrain_256.py:runlocal",
+    *("--config.data.buckets.step=32", "--config.data.aspects=(1.0,3.0)", "--config.total_steps=6"),
+    *("--config.data.num_workers=0", "--config.eval_steps=0", "--config.sample_steps=0"),
+    # One level, which compiles in a third of the time
+    *("--config.model.unet.block_out_channels=(32,)", "--config.model.unet.attention_blocks=(True,)"),
+)
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """A run over pictures of several sizes, latents and text states computed before."""
+    workdir = tmp_path_factory.mktemp("cached")
+    doors.run("train.py", *FLAGS, f"--workdir={workdir}")
+    return workdir
+
+
+def test_there_is_a_program_for_each_size_and_no_other(cached):
+    (line,) = [line for line in (cached / "log.txt").read_text().splitlines() if "compiled, for pictures of" in line]
+    sizes = line.split("pictures of ")[1].rsplit(":", 1)[0].split(", ")
+    assert len(sizes) > 1 and f" {len(sizes)} compiled" in line
+    shards = {tuple(read(path)["moments"].shape[1:3]) for path in (cached / "cache" / "train").glob("*.safetensors")}
+    assert shards == {(int(h) // 8, int(w) // 8) for w, h in (size.split("x") for size in sizes)}
+
+
+def test_what_was_computed_before_gives_the_losses_of_what_is_computed_in_the_step(cached, tmp_path):
+    at_once = ("--config.data.cache_latents=False", "--config.data.cache_text=False")
+    doors.run("train.py", *FLAGS, *at_once, f"--workdir={tmp_path}")
+    before, now = doors.losses(cached), doors.losses(tmp_path)
+    assert before.keys() == now.keys() and len(before) == 6
+    assert all(before[step] == pytest.approx(now[step], rel=1e-5) for step in before)
+
+
+@pytest.mark.slow
+def test_several_sizes_resume_to_the_bit(cached, tmp_path):
+    cache = f"--config.data.cache_dir={cached / 'cache'}"
+    for steps in (2, 6):
+        doors.run("train.py", *FLAGS, cache, f"--workdir={tmp_path}", f"--config.total_steps={steps}")
+    assert doors.losses(tmp_path) == doors.losses(cached)
+
+
+def test_a_cache_of_other_sizes_or_another_autoencoder_is_refused_by_name(cached, tmp_path):
+    files = {path: path.read_bytes() for path in (cached / "cache").rglob("*") if path.is_file()}
+    pipe = load()
+    changed = jax.tree.map(lambda x: 1.01 * x, pipe.params["vae"])
+    Pipeline(pipe.spec, {**pipe.params, "vae": changed}, pipe.tokenizer).save(tmp_path / "other")
+    cache = f"--config.data.cache_dir={cached / 'cache'}"
+    for flag, words in (
+        ("--config.data.resolution=96", "config.data.resolution was 64, is 96"),
+        (f"--config.init={tmp_path / 'other'}", "another vae (its weights have changed)"),
+    ):
+        done = doors.run("train.py", *FLAGS, f"--workdir={tmp_path / 'run'}", cache, flag, check=False)
+        assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
+    assert {path: path.read_bytes() for path in files} == files
