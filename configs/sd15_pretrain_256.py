@@ -17,7 +17,8 @@ pictures/s on an A100 (a U-Net of the same arithmetic, latents and text cached) 
 at $2 an hour. Caching: computing latents in the step costs 1.4 times as much; kept, a picture takes 33 kB of moments
 and 118 kB of text states.
 
-Expected: no figure is published for this stage, whose samples are blurred; v1-1 is judged after 512x512. Tried here: :runlocal.
+Expected: no figure is published for this stage, whose samples are blurred; v1-1 is judged after 512x512.
+Tried here: :runlocal.
 """
 
 from ml_collections import ConfigDict

@@ -18,12 +18,12 @@ an average of 0.9999; steps from Stability's model cards, the rest MosaicML's):
     base_256  550,000  256x256               epsilon    0.54             1,126              2,276   $4,600
     base_512  850,000  512x512 or larger     epsilon    2.41             1,741             13,321  $26,600
     v_512     150,000  as base_512           v          2.41               307              2,351   $4,700
-    v_768     140,000  768x768 or larger     v          7.56               287              6,922  $13,800
-    v21_a      55,000  punsafe < 0.1         v          7.56               113              2,719   $5,400
-    v21_b     155,000  punsafe < 0.98        v          7.56               317              7,663  $15,300
+    v_768     140,000  768x768 or larger     v          6.87               287              6,257  $12,500
+    v21_a      55,000  punsafe < 0.1         v          6.87               113              2,458   $4,900
+    v21_b     155,000  punsafe < 0.98        v          6.87               317              6,927  $13,900
 
 Cost: at MosaicML's rates with latents and text cached, 137.5 and 36.3 pictures/s on an A100 at 256 and 512, and $2 an
-hour. None is published at 768: the same 87 TFLOP/s (36.3 x 2.41) give 11.5. A TPU v5p did 86.6 pictures/s at 512
+hour. None is published at 768: the same 87 TFLOP/s (36.3 x 2.41) give 12.7. A TPU v5p did 86.6 pictures/s at 512
 (MaxDiffusion in MLPerf 4.1). MosaicML's two base stages came to $47,700 with everything, of which 3,784 A100-hours
 made latents. The state takes 15.6 GB over all chips. Kept, a picture of 768 takes 295 kB of moments and 158 kB of
 text states.

@@ -70,9 +70,11 @@ def finish(processes: Sequence[subprocess.Popen], timeout: float = 300) -> list[
 
 
 def stop(processes: Sequence[subprocess.Popen]) -> None:
-    """Kills what still runs."""
+    """Kills what still runs; what it wrote and nobody has read is lost."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
     for process in processes:
         process.wait()
+        for pipe in filter(None, (process.stdout, process.stderr)):
+            pipe.close()

@@ -103,6 +103,8 @@ def wait_for(started, there, seconds=120):
     while not there():
         dead = [process for process in started if process.poll() is not None]
         if dead or time.monotonic() > end:
-            processes.stop(started)
-            raise AssertionError("".join(process.communicate()[1][-3000:] for process in dead or started))
+            for process in started:
+                process.kill()
+            said = [process.communicate()[1][-3000:] for process in started]
+            raise AssertionError("\n".join(said))
         time.sleep(0.02)
