@@ -35,7 +35,7 @@ COCO's captions. Tried here: --plan with 64 pictures a step on v5e:4x4 (it fits)
 
 from ml_collections import ConfigDict
 
-from sd_jax.config import parse_arg, training_defaults
+from sd_jax.config import parse_arg, pretraining_defaults
 from sd_jax.models.families import SD15
 from sd_jax.training.trial import make_small
 
@@ -53,31 +53,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if args.stage not in STAGES:
         raise ValueError(f"stage={args.stage!r}: use {', '.join(STAGES)}")
     steps, before, dropout = STAGES[args.stage]
-    config = training_defaults("full")
+    config = pretraining_defaults()
     config.model = ConfigDict(SD15.to_dict())
     config.init = f"runs/sd15/{before}"
     config.total_steps = steps
-    config.batch_size = 2048
-    config.dtype = "bfloat16"
-    config.remat = "blocks"
     config.mesh.fsdp = 4
     config.checkpoint_steps, config.eval_steps, config.sample_steps = 1000, 2000, 10_000
 
-    config.data.path = "pictures"
     config.data.resolution = 512
-    config.data.crop = "centre"
-    config.data.held_out = 1e-4
-    config.data.num_workers = 32
-    config.data.cache_latents = config.data.cache_text = True
 
-    config.diffusion.train_text_encoder = False
     config.diffusion.caption_dropout = dropout
-
-    config.optimizer.learning_rate = 1e-4
-    config.optimizer.warmup_steps = 10_000
-
-    config.samples.prompts = ("a photograph of a cat", "a photograph of a house by the sea")
-    config.samples.guidance_scale = 7.5
     if args.runlocal:
         make_small(config)
     return config

@@ -36,7 +36,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from sd_jax.config import parse_arg, training_defaults
+from sd_jax.config import parse_arg, pretraining_defaults
 from sd_jax.models.families import SD2_BASE, SD2_V
 from sd_jax.training.trial import make_small
 
@@ -56,34 +56,19 @@ def get_config(arg: str | None = None) -> ConfigDict:
         raise ValueError(f"stage={args.stage!r}: use {', '.join(STAGES)}")
     resolution, steps, model = STAGES[args.stage]
     place = list(STAGES).index(args.stage)
-    config = training_defaults("full")
+    config = pretraining_defaults()
     config.model = ConfigDict(model.to_dict())
     if place == 0:
         config.init, config.init_parts = "768-v-ema.ckpt", ("vae", "text_encoder")
     else:
         config.init = f"runs/sd21/{list(STAGES)[place - 1]}"
     config.total_steps = steps
-    config.batch_size = 2048
-    config.dtype = "bfloat16"
-    config.remat = "blocks"
     config.mesh.fsdp = 4
     config.checkpoint_steps, config.eval_steps, config.sample_steps = 1000, 2000, 10_000
 
-    config.data.path = "pictures"
     config.data.resolution = resolution
-    config.data.crop = "centre"
-    config.data.held_out = 1e-4
-    config.data.num_workers = 32
-    config.data.cache_latents = config.data.cache_text = True
 
-    config.diffusion.train_text_encoder = False
     config.diffusion.caption_dropout = 0.1
-
-    config.optimizer.learning_rate = 1e-4
-    config.optimizer.warmup_steps = 10_000
-
-    config.samples.prompts = ("a photograph of a cat", "a photograph of a house by the sea")
-    config.samples.guidance_scale = 7.5
     if args.runlocal:
         make_small(config)
     return config

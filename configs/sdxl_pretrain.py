@@ -32,7 +32,7 @@ Expected: people preferred the base to SD 1.5 and 2.1 by far (the paper's figure
 
 from ml_collections import ConfigDict
 
-from sd_jax.config import parse_arg, training_defaults
+from sd_jax.config import parse_arg, pretraining_defaults
 from sd_jax.models.families import SDXL
 from sd_jax.training.trial import make_small
 
@@ -43,7 +43,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     args = parse_arg(arg, resolution="1024", runlocal=False)
     if args.resolution not in STAGES:
         raise ValueError(f"resolution={args.resolution!r}: use {', '.join(STAGES)}")
-    config = training_defaults("full")
+    config = pretraining_defaults()
     config.model = ConfigDict(SDXL.to_dict())
     if args.resolution == "256":
         config.init = "sd_xl_base.safetensors"
@@ -51,30 +51,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
     else:
         config.init = {"512": "runs/sdxl/256", "1024": "runs/sdxl/512"}[args.resolution]
     config.total_steps = STAGES[args.resolution]
-    config.batch_size = 2048
-    config.dtype = "bfloat16"
-    config.remat = "blocks"
     config.mesh.fsdp = 8
     config.checkpoint_steps, config.eval_steps, config.sample_steps = 500, 1000, 5000
 
-    config.data.path = "pictures"
     config.data.resolution = int(args.resolution)
-    config.data.crop = "centre"
-    config.data.held_out = 1e-4
-    config.data.num_workers = 32
-    config.data.cache_latents = config.data.cache_text = True
     if args.resolution == "1024":
         config.data.buckets.step = 64
         config.diffusion.noise_offset = 0.05
 
-    config.diffusion.train_text_encoder = False
     config.diffusion.caption_dropout = 0.1
-
-    config.optimizer.learning_rate = 1e-4
-    config.optimizer.warmup_steps = 10_000
-
-    config.samples.prompts = ("a photograph of a cat", "a photograph of a house by the sea")
-    config.samples.guidance_scale = 7.5
     if args.runlocal:
         make_small(config)
     return config

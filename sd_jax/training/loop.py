@@ -162,13 +162,15 @@ def _train(config, workdir, dry_run, started, profile, journal, stages, preempti
         throughput.saved(at)
 
     due = lambda every, at: every and (at % every == 0 or at == config.total_steps)  # noqa: E731
-    tracing = profile is not None and distributed.is_first()
+    trace = profile if profile is not None and distributed.is_first() else (0, 0)  # first step, number of steps
+    tracing = False
     nonfinite = Nonfinite(config.max_skipped, config.rollbacks)
-    at, stop, pending, extra = first_step, False, None, {}
+    at, stop, pending = first_step, False, None
     while at < config.total_steps and not stop:
         at += 1
-        if tracing and at == profile[0]:
+        if at == trace[0] and not tracing:
             jax.profiler.start_trace(str(workdir / "profile"))
+            tracing = True
         with stages("data"):
             batch, data_state = next(stream)
         with stages("dispatch"):
@@ -207,10 +209,11 @@ def _train(config, workdir, dry_run, started, profile, journal, stages, preempti
         if due(config.sample_steps, at) and not stop:
             with stages("samples"):
                 _draw(config, model, step.whole_state(state).ema_model, fixed[0], at, workdir, journal)
-        if tracing and at == sum(profile) - 1:
+        if tracing and (at >= sum(trace) - 1 or at == config.total_steps or stop):
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
-            journal.log(f"a trace of {profile[1]} steps is in {workdir / 'profile'}")
+            tracing = False
+            journal.log(f"a trace of steps {trace[0]} to {at} is in {workdir / 'profile'}")
 
     # --- Finish ------------------------------------------------------------------------------------------------------
     if first_step >= config.total_steps:
@@ -251,14 +254,12 @@ def _on_host(params):
     """What several processes hold parts of, whole, in the first of them; of one process, as it is."""
     if jax.process_count() == 1:
         return params
-    keep = distributed.is_first()
-    return jax.tree.map(
-        lambda leaf: multihost_utils.process_allgather(leaf, tiled=True) if keep else _sent(leaf), params
-    )
 
+    def whole(leaf):
+        array = multihost_utils.process_allgather(leaf, tiled=True)
+        return array if distributed.is_first() else None  # one by one, so that the others never hold it all
 
-def _sent(leaf) -> None:
-    multihost_utils.process_allgather(leaf, tiled=True)
+    return jax.tree.map(whole, params)
 
 
 def _draw(config, model, params, batch, at, workdir, journal) -> None:
