@@ -1,7 +1,8 @@
 """The ladder of configs/shapes.py: every rung with every seed. `python -m benchmarks.shapes_ladder [--seeds=3]
 [--out=DIR]`
 
-Trains, judges and prints a table of means, least and most over the seeds. What is there already is not done again.
+Trains, judges the last weights and the averaged ones, and prints a table of means, least and most over the seeds. What
+is there already is not done again.
 """
 
 import argparse
@@ -11,36 +12,39 @@ import statistics
 import subprocess
 import sys
 
-RUNGS = ("plain", "ema", "buckets", "full")
+RUNGS = {"plain": "centre crops", "buckets": "aspect buckets", "full": "aspect buckets, min-SNR"}
+WEIGHTS = {"raw": "last weights", "ema": "averaged weights"}
 ATTRIBUTES = ("colour", "shape", "size", "position", "background")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rungs", default=",".join(RUNGS))
+    parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/shapes_ladder"))
     options = parser.parse_args()
-    rungs = options.rungs.split(",")
-    for seed in range(options.seeds):  # seed by seed: what is there after an hour is whole
-        for rung in rungs:
-            _run(rung, seed, options.out / f"{rung}_{seed}")
-    reports = {rung: [_report(options.out / f"{rung}_{seed}") for seed in range(options.seeds)] for rung in rungs}
-    print(table(reports))
+    reports = {(rung, weights): [] for rung in RUNGS for weights in WEIGHTS}
+    for seed in range(options.first_seed, options.first_seed + options.seeds):  # after an hour, some seeds are whole
+        for rung in RUNGS:
+            workdir = options.out / f"{rung}_{seed}"
+            cache = options.out / f"cache_{'squares' if rung == 'plain' else 'buckets'}_{seed}"
+            for weights in WEIGHTS:
+                reports[rung, weights].append(_judged(rung, seed, weights, workdir, cache))
+        print(table(reports), flush=True)
 
 
-def _run(rung: str, seed: int, workdir: pathlib.Path) -> None:
-    if (workdir / "report.json").exists():
-        return
-    for command in (
-        ["train.py", f"--config=configs/shapes.py:{rung},seed={seed}", f"--workdir={workdir}"],
-        ["-m", "sd_jax.evals", f"--checkpoint={workdir}", f"--out={workdir}", "--two_objects=0", f"--stages={workdir}"],
-    ):
-        subprocess.run([sys.executable, *command], check=True)
-
-
-def _report(workdir: pathlib.Path) -> dict:
-    return json.loads((workdir / "report.json").read_text())
+def _judged(rung: str, seed: int, weights: str, workdir: pathlib.Path, cache: pathlib.Path) -> dict:
+    """The report of one run's weights; trains it where it is not yet done."""
+    report = workdir / weights / "report.json"
+    if not report.exists():
+        flags = (f"--checkpoint={workdir}", f"--weights={weights}", f"--out={report.parent}", "--two_objects=0")
+        config = f"--config=configs/shapes.py:{rung},seed={seed}"
+        for command in (
+            ["train.py", config, f"--workdir={workdir}", f"--config.data.cache_dir={cache}"],
+            ["-m", "sd_jax.evals", *flags, f"--stages={workdir}"],
+        ):
+            subprocess.run([sys.executable, *command], check=True)
+    return json.loads(report.read_text())
 
 
 def accuracy(report: dict) -> dict[str, float]:
@@ -49,16 +53,17 @@ def accuracy(report: dict) -> dict[str, float]:
     return {**of, "all": statistics.mean(of.values())}
 
 
-def table(reports: dict[str, list[dict]]) -> str:
-    """Rung by rung: each attribute's mean over the seeds and, of all of them, the least and the most; minutes a run."""
+def table(reports: dict[tuple[str, str], list[dict]]) -> str:
+    """A row for each rung and its weights: every attribute's mean over the seeds and, of all of them, the least and the
+    most; minutes of a run and its evaluation."""
     names = (*ATTRIBUTES, "all")
-    lines = [f"| rung | {' | '.join(names)} | least, most of all | minutes |", "|" + "---|" * (len(names) + 3)]
-    for rung, runs in reports.items():
+    lines = [f"| run | weights | {' | '.join(names)} | least, most of all | minutes |", "|" + "---|" * (len(names) + 4)]
+    for (rung, weights), runs in reports.items():
         of = [accuracy(report) for report in runs]
         means = " | ".join(f"{statistics.mean(run[name] for run in of):.3f}" for name in names)
         spread = f"{min(run['all'] for run in of):.3f}, {max(run['all'] for run in of):.3f}"
         minutes = statistics.mean(report["seconds"]["total"] for report in runs) / 60
-        lines.append(f"| {rung} | {means} | {spread} | {minutes:.1f} |")
+        lines.append(f"| {RUNGS[rung]} | {WEIGHTS[weights]} | {means} | {spread} | {minutes:.1f} |")
     return "\n".join(lines)
 
 

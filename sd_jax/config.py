@@ -88,7 +88,7 @@ def training_defaults(method: str) -> ConfigDict:
     config.data.random_flip = False
     config.data.upscale = True  # False: a picture is never made larger; it goes to a smaller bucket
     config.data.buckets = ConfigDict()
-    config.data.buckets.step = 0  # sides are multiples of this; 0 = no buckets
+    config.data.buckets.step = 0  # sides are multiples of this, at best a 16th of `resolution`; 0 = no buckets
     config.data.buckets.min_side = 0  # 0 = half of `resolution`
     config.data.buckets.max_side = 0  # 0 = twice `resolution`
     config.data.buckets.max_area = 0  # 0 = `resolution` squared

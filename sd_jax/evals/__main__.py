@@ -16,6 +16,7 @@ import numpy as np  # noqa: E402
 from absl import app, flags  # noqa: E402
 
 flags.DEFINE_string("checkpoint", None, "The model: any path that sd_jax.load takes; none = the bundled model.")
+flags.DEFINE_string("weights", "ema", "Of a workdir: ema, raw, or ema:0.999 where there are several averages.")
 flags.DEFINE_string("out", None, "The folder for report.json and samples.png.", required=True)
 flags.DEFINE_list("stages", [], "Workdirs whose seconds are part of the report's total.")
 flags.DEFINE_integer("one_object", 512, "Prompts of one object, for each of seen and held_out.")
@@ -44,7 +45,7 @@ def _judge(options, out: pathlib.Path) -> None:
     from sd_jax.evals.shapes_accuracy import accuracy
     from sd_jax.sampling.pipeline import load
 
-    pipe = load(options.checkpoint)
+    pipe = load(options.checkpoint, weights=options.weights)
     recipe = {name: options[name].value for name in ("steps", "sampler", "schedule", "guidance_scale")}
 
     def pictures(captions: list[str]) -> np.ndarray:
@@ -73,7 +74,7 @@ def _judge(options, out: pathlib.Path) -> None:
     report = {
         "accuracy": results,
         "pictures": {"one_object": options.one_object, "two_objects": options.two_objects},
-        "recipe": {**recipe, "seed": options.seed},
+        "recipe": {**recipe, "seed": options.seed, "weights": options.weights},
         "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from sd_jax import config as configs
 from sd_jax import distributed, hardware, media, sharding, trees
 from sd_jax.checkpoints.native import Checkpoints
-from sd_jax.checkpoints.place import place
+from sd_jax.checkpoints.place import gather, place
 from sd_jax.data import loader, sources
 from sd_jax.training import evaluate, samples, setup, start
 from sd_jax.training.context import Context
@@ -35,6 +35,7 @@ from sd_jax.training.stages import Stages, Throughput
 from sd_jax.training.state import TrainState
 from sd_jax.training.step import MappedStep
 from sd_jax.training.watchdog import Watchdog
+from sd_jax.types import Params
 
 
 def train(
@@ -72,7 +73,7 @@ def _train(config, workdir, dry_run, started, profile, journal, stages, preempti
     make_state = functools.partial(setup.initial_state, config, method, model.networks)
     abstract = jax.eval_shape(make_state, jax.tree.map(_shape, model.loaded))
     if dry_run:
-        _describe(config, abstract, mesh)
+        _describe(config, abstract, mesh, model)
         return
     if distributed.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
@@ -95,8 +96,11 @@ def _train(config, workdir, dry_run, started, profile, journal, stages, preempti
     first_step, data_state = 0, None
     resumes = checkpoints.any_step()
     with stages("restore" if resumes else "initialise"):
+        # What the step does not read stays with the host, for checkpoints and samples
+        kept = {part: model.loaded.pop(part) for part in setup.cached_parts(config, model.networks.spec)}
+        kept = gather(kept, "float32", where=config.init)
         if resumes:
-            state, data_state = _restore(checkpoints, step)
+            state, data_state = _restore(checkpoints, step, kept)
             first_step = int(state.step)
         else:
             there = None if step.pmap else sharding.state_shardings(model.loaded, mesh)
@@ -158,7 +162,7 @@ def _train(config, workdir, dry_run, started, profile, journal, stages, preempti
     def save(at: int, extra: dict[str, float]) -> None:
         with stages("checkpoint"):
             whole = step.whole_state(state)
-            checkpoints.save(at, _tree(whole), data_state, model.meta(at), extra)
+            checkpoints.save(at, _tree(whole, kept), data_state, model.meta(at), extra)
         throughput.saved(at)
 
     due = lambda every, at: every and (at % every == 0 or at == config.total_steps)  # noqa: E731
@@ -196,7 +200,7 @@ def _train(config, workdir, dry_run, started, profile, journal, stages, preempti
         if verdict == "roll back":
             with stages("restore"):
                 checkpoints.wait()
-                state, _ = _restore(checkpoints, step)
+                state, _ = _restore(checkpoints, step, kept)
                 at, pending = int(state.step), None
                 state = step.place_state(state)
             journal.rewind(at)
@@ -208,7 +212,8 @@ def _train(config, workdir, dry_run, started, profile, journal, stages, preempti
             save(at, extra)
         if due(config.sample_steps, at) and not stop:
             with stages("samples"):
-                _draw(config, model, step.whole_state(state).ema_model, fixed[0], at, workdir, journal)
+                params = {**kept, **_on_host(step.whole_state(state).ema_model)}
+                _draw(config, model, params, fixed[0], at, workdir, journal)
         if tracing and (at >= sum(trace) - 1 or at == config.total_steps or stop):
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
@@ -263,23 +268,23 @@ def _on_host(params):
 
 
 def _draw(config, model, params, batch, at, workdir, journal) -> None:
-    params = _on_host(params)
     if distributed.is_first():
         sheet = samples.draw(config, model, params, batch)
         media.write_png(workdir / "samples" / f"{at:07d}.png", sheet, {})
         journal.picture(at, "samples", sheet)
 
 
-def _tree(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds of a state; see `checkpoints/native.py`."""
+def _tree(state: TrainState, kept: Params) -> dict[str, Any]:
+    """What a checkpoint holds of a state, and of the parts that are not in it; see `checkpoints/native.py`."""
     first, *others = state.decays
-    tree = {"step": state.step, "params": state.raw_model, "ema": state.averages[first], "opt_state": state.opt_state}
+    params = {**kept, **state.raw_model}
+    tree = {"step": state.step, "params": params, "ema": state.averages[first], "opt_state": state.opt_state}
     return {**tree, "averages": {decay: state.averages[decay] for decay in others}} if others else tree
 
 
-def _restore(checkpoints: Checkpoints, step: MappedStep) -> tuple[TrainState, Any]:
+def _restore(checkpoints: Checkpoints, step: MappedStep, kept: Params) -> tuple[TrainState, Any]:
     like = step.abstract_state
-    tree, data_state = checkpoints.restore(like=_tree(like))
+    tree, data_state = checkpoints.restore(like=_tree(like, kept))
     params = {part: tree["params"][part] for part in like.params}
     frozen = {part: tree["params"][part] for part in like.frozen}
     averages = {like.decays[0]: tree["ema"], **tree.get("averages", {})}
@@ -289,11 +294,11 @@ def _restore(checkpoints: Checkpoints, step: MappedStep) -> tuple[TrainState, An
     return state, data_state
 
 
-def _describe(config: ConfigDict, abstract: TrainState, mesh: Mesh) -> None:
+def _describe(config: ConfigDict, abstract: TrainState, mesh: Mesh, model: start.Model) -> None:
     print(configs.to_json(config))
-    for part, tree in abstract.raw_model.items():
-        moves = "trained" if part in abstract.params else "frozen"
-        print(f"{part}: {trees.count(tree):,} parameters, {moves}")
+    for part in model.parts:
+        moves = "trained" if part in abstract.params else "frozen" if part in abstract.frozen else "frozen, cached"
+        print(f"{part}: {trees.count({**model.loaded, **abstract.raw_model}[part]):,} parameters, {moves}")
     print(f"mesh: {dict(mesh.shape)}, parallelism: {config.parallelism}")
     print(f"state: {trees.num_bytes(abstract):,} bytes (parameters, averages and optimiser), over all devices")
     print(f"dry run: {config.method} for {config.total_steps} steps of {config.batch_size} images; nothing was trained")

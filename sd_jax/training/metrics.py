@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import pathlib
 import time
 from typing import Any
@@ -61,7 +62,7 @@ class Journal:
             return
         self._rows.write(json.dumps(row) + "\n")
         for name, value in row.items():
-            if name != "step":
+            if name != "step" and math.isfinite(value):  # TensorBoard warns of each that is not
                 self._events.add_scalar(name, value, row["step"])
         self._bar.update(1)
         rate = f", {row['images_per_second']:.1f} images/s" if "images_per_second" in row else ""

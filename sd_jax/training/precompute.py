@@ -18,7 +18,7 @@ from sd_jax.data import buckets, cache
 from sd_jax.data.cache_shards import Encode
 from sd_jax.data.sources import Source
 from sd_jax.models.vae import to_image
-from sd_jax.training import conditioning
+from sd_jax.training import conditioning, setup
 from sd_jax.training.context import EmptyPrompt
 from sd_jax.training.start import Model
 
@@ -36,7 +36,7 @@ def precompute(
     tokenize, networks = model.caption_tokenizer(), model.networks
     local = Mesh(np.asarray(jax.local_devices()), ("local",), axis_types=(AxisType.Auto,))
     whole, over = NamedSharding(local, PartitionSpec()), NamedSharding(local, PartitionSpec("local"))
-    parts = ("vae",) * config.data.cache_latents + tuple(networks.spec.text_encoders) * config.data.cache_text
+    parts = setup.cached_parts(config, networks.spec)
     there = {part: jax.tree.map(lambda _: whole, model.loaded[part]) for part in parts}
     params = place({part: model.loaded[part] for part in parts}, jnp.float32, there, where=config.init)
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from sd_jax import flops
 from sd_jax.diffusion import noise
 from sd_jax.models.networks import Networks
-from sd_jax.models.presets import PARTS
+from sd_jax.models.presets import PARTS, ModelSpec
 from sd_jax.training.conditioning import states_of
 from sd_jax.training.context import Context
 from sd_jax.training.methods import Method
@@ -35,17 +35,21 @@ def check_batch(config: ConfigDict, mesh: Mesh) -> None:
         )
 
 
+def cached_parts(config: ConfigDict, spec: ModelSpec) -> tuple[str, ...]:
+    """The parts whose answers are computed before training: the step does not read them."""
+    return ("vae",) * config.data.cache_latents + tuple(spec.text_encoders) * config.data.cache_text
+
+
 def initial_state(config: ConfigDict, method: Method, networks: Networks, loaded: dict[str, Params]) -> TrainState:
-    """A state at step 0: the parts that are loaded, and the others fresh."""
+    """A state at step 0: of what the step reads, the parts that are loaded, and the others fresh."""
     spec = networks.spec
+    read = [part for part in method.frozen(config, spec) if part not in cached_parts(config, spec)]
 
     def make(part: str) -> Params:
         key = jax.random.fold_in(jax.random.key(config.seed), PARTS.index(part))
         return loaded[part] if part in loaded else networks.init(part, key)
 
-    trained, frozen = (
-        {part: make(part) for part in parts} for parts in (method.trainable(config, spec), method.frozen(config, spec))
-    )
+    trained, frozen = ({part: make(part) for part in parts} for parts in (method.trainable(config, spec), read))
     return create(trained, frozen, make_optimizer(config), config.ema_decays)
 
 

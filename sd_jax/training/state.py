@@ -16,7 +16,7 @@ class TrainState:
 
     step:      optimiser steps done, int32 scalar
     params:    what is trained, {"unet": ..., ...}
-    frozen:    what the loss reads besides, {"vae": ..., ...}
+    frozen:    what the loss reads besides, {"vae": ..., ...}; not what was computed before (`setup.cached_parts`)
     averages:  running averages of `params` by their decay, {"0.9999": ...}
     opt_state: the optimiser's own
     decays:    the names in `averages` in the order of the config: samples are made from the first

@@ -4,8 +4,10 @@ import jax
 import pytest
 
 from sd_jax.checkpoints import read
+from sd_jax.checkpoints.native import read_params
 from sd_jax.sampling.pipeline import Pipeline, load
-from tests.training import doors
+from tests.checkpoints.tiny import assert_same
+from tests.training import doors, processes
 
 FLAGS = (
     "--config=configs/sd15_pretrain_256.py:runlocal",
@@ -46,6 +48,21 @@ def test_several_sizes_resume_to_the_bit(cached, tmp_path):
     for steps in (2, 6):
         doors.run("train.py", *FLAGS, cache, f"--workdir={tmp_path}", f"--config.total_steps={steps}")
     assert doors.losses(tmp_path) == doors.losses(cached)
+
+
+def test_two_processes_take_the_same_sizes_and_keep_what_was_computed_before(cached, tmp_path):
+    """What is cached is no part of the sharded state: the first process writes it into the checkpoint."""
+    cache = f"--config.data.cache_dir={cached / 'cache'}"
+    flags = (*FLAGS, cache, f"--workdir={tmp_path}", "--config.mesh.fsdp=2")
+    for code, _, err in processes.finish(processes.start(doors.command("train.py", *flags), num_processes=2)):
+        assert code == 0, err[-3000:]
+    alone, together = doors.losses(cached), doors.losses(tmp_path)
+    assert alone.keys() == together.keys()
+    assert all(alone[step] == pytest.approx(together[step], rel=1e-5) for step in alone)
+    ours, theirs = (read_params(workdir / "checkpoints", weights="raw")[0] for workdir in (tmp_path, cached))
+    assert ours.keys() == theirs.keys() == {"unet", "vae", "text_encoder"}
+    for part in ("vae", "text_encoder"):
+        assert_same(ours[part], theirs[part])
 
 
 def test_a_cache_of_other_sizes_or_another_autoencoder_is_refused_by_name(cached, tmp_path):
