@@ -1,8 +1,8 @@
 """What `--plan=cpu:8` says of memory, against what a run of the same config takes: python -m benchmarks.plan_memory
 
-The plan's figure is "the steps add": the temporaries of all devices. The run's is its peak of resident memory
-less what was resident before its first step, both from summary.json. Flags of train.py may follow, e.g.
---config.batch_size=32. Prints the ratio of the two and ends with status 1 where it is further than a tenth from 1.
+The plan's figure is "the steps add": the temporaries of all devices, and what their kernels take. The run's is its peak
+of resident memory less what was resident before its first step, both from summary.json. Flags of train.py may follow,
+e.g. --config.batch_size=32. Prints the ratio of the two and ends with status 1 where it is further than a tenth from 1.
 """
 
 import json

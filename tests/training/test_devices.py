@@ -1,4 +1,4 @@
-"""The same losses on one device and on eight, whatever the mesh."""
+"""The same losses on one device and on several, whatever the mesh."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.training import doors
 FLAGS = ("--config.total_steps=20", "--config.data.num_examples=200", "--config.checkpoint_steps=0")
 
 
-def run(workdir, *flags, devices=8):
+def run(workdir, *flags, devices):
     doors.run("train.py", *doors.TINY, f"--workdir={workdir}", *FLAGS, *flags, devices=devices)
     return doors.losses(workdir)
 
@@ -18,20 +18,16 @@ def one_device(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("devices", "flags"),
     [
-        ("--config.mesh.data=8",),
-        ("--config.mesh.data=4", "--config.mesh.fsdp=2"),
-        ("--config.parallelism=pmap",),
+        (4, ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.grad_accumulation=2")),
+        (8, ("--config.parallelism=pmap",)),
+        pytest.param(8, ("--config.mesh.data=8",), marks=pytest.mark.slow),  # four-way: see test_processes
+        pytest.param(1, ("--config.grad_accumulation=4",), marks=pytest.mark.slow),
     ],
-    ids=["data=8", "data=4,fsdp=2", "pmap"],
+    ids=["data=2,fsdp=2,accumulated", "pmap", "data=8", "accumulated"],
 )
-def test_eight_devices_give_the_losses_of_one(tmp_path, one_device, flags):
-    eight = run(tmp_path, *flags)
-    assert eight.keys() == one_device.keys() and len(eight) == 20
-    assert max(abs(eight[step] - one_device[step]) for step in eight) < 1e-5
-
-
-def test_accumulated_micro_batches_give_the_losses_of_one_batch(tmp_path, one_device):
-    accumulated = run(tmp_path, "--config.grad_accumulation=4", devices=1)
-    assert max(abs(accumulated[step] - one_device[step]) for step in accumulated) < 1e-5
+def test_many_devices_and_micro_batches_give_the_losses_of_one(tmp_path, one_device, devices, flags):
+    many = run(tmp_path, *flags, devices=devices)
+    assert many.keys() == one_device.keys() and len(many) == 20
+    assert max(abs(many[step] - one_device[step]) for step in many) < 1e-5

@@ -91,7 +91,7 @@ def test_plan_for_this_cpu_prints_what_the_step_takes():
     parameters = _number(said, "trained parameters")
     assert _number(said, "averages") == parameters > 0
     assert _number(said, "optimiser") == pytest.approx(2 * parameters, rel=0.01)
-    assert _number(said, "frozen parts") > 0
+    assert "frozen parts" not in said  # the autoencoder has done its work before the first step
     assert _number(said, "a step") == pytest.approx(16 * _number(said, "an image"), rel=1e-3)
     # A gradient of the parameters' size at least goes to the other copies
     assert _number(said, "all-reduce") > 0 and _number(said, "all-gather") > 0

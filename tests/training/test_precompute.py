@@ -16,6 +16,7 @@ FLAGS = (
     # One level, which compiles in a third of the time
     *("--config.model.unet.block_out_channels=(32,)", "--config.model.unet.attention_blocks=(True,)"),
 )
+AT_ONCE = ("--config.data.cache_latents=False", "--config.data.cache_text=False")
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +36,19 @@ def test_there_is_a_program_for_each_size_and_no_other(cached):
 
 
 def test_what_was_computed_before_gives_the_losses_of_what_is_computed_in_the_step(cached, tmp_path):
-    at_once = ("--config.data.cache_latents=False", "--config.data.cache_text=False")
-    doors.run("train.py", *FLAGS, *at_once, f"--workdir={tmp_path}")
+    doors.run("train.py", *FLAGS, *AT_ONCE, f"--workdir={tmp_path}")
     before, now = doors.losses(cached), doors.losses(tmp_path)
     assert before.keys() == now.keys() and len(before) == 6
     assert all(before[step] == pytest.approx(now[step], rel=1e-5) for step in before)
+
+
+@pytest.mark.slow
+def test_in_bfloat16_they_are_the_same_within_its_rounding(tmp_path):
+    half = "--config.dtype=bfloat16"
+    for name, flags in (("before", ()), ("now", AT_ONCE)):
+        doors.run("train.py", *FLAGS, half, *flags, f"--workdir={tmp_path / name}")
+    before, now = doors.losses(tmp_path / "before"), doors.losses(tmp_path / "now")
+    assert all(before[step] == pytest.approx(now[step], rel=2**-8) for step in before)
 
 
 @pytest.mark.slow
