@@ -30,7 +30,8 @@ states.
 
 Expected: v1-5's pictures; FID and CLIP score of the stages are published as a plot alone (v1-variants-scores in
 CompVis' repository). A first check: MLPerf's SD 2 run counts as converged at FID 90 and CLIP score 0.15 on 30,000 of
-COCO's captions. Tried here: --plan with 64 pictures a step on v5e:4x4 (it fits).
+COCO's captions. Tried here: the plan above fits (8 pictures a chip, 9.36 of 16.32 GB; more in
+benchmarks/RESULTS.md), and :runlocal.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """Stable Diffusion 2.x at 768x768 with the v-objective, and the stages before it: Stability's and MosaicML's recipe.
 
-    python train.py --config=configs/sd21_v_768.py --plan=v5p:4x4x4
+    python train.py --config=configs/sd21_v_768.py --config.grad_accumulation=4 --plan=v5p:4x4x4
     python train.py --config=configs/sd21_v_768.py:base_256 --workdir=runs/sd21/base_256 --config.init=768-v-ema.ckpt
     python train.py --config=configs/sd21_v_768.py:base_512 --workdir=runs/sd21/base_512
     python train.py --config=configs/sd21_v_768.py:v_512 --workdir=runs/sd21/v_512
@@ -29,7 +29,8 @@ made latents. The state takes 15.6 GB over all chips. Kept, a picture of 768 tak
 text states.
 
 Expected: FID and CLIP score are published as a plot alone; MLPerf's run of base_512 counts as converged at FID 90 and
-CLIP score 0.15 on 30,000 of COCO's captions. Tried here: :runlocal.
+CLIP score 0.15 on 30,000 of COCO's captions. Tried here: the plan above fits (8 pictures a chip at a time, 15.31 of
+96.91 GB; more in benchmarks/RESULTS.md), and :runlocal.
 """
 
 import dataclasses

@@ -34,12 +34,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = training_defaults("full")
     config.seed = args.seed
     config.model = ConfigDict(SHAPES_64.to_dict())
-    config.model.noise_schedule.prediction_type = "epsilon"
-    config.init, config.init_parts = str(BUNDLED), ("vae",)
-    config.total_steps = 900
+    config.init, config.init_parts = str(BUNDLED), ("vae", "text_encoder")
+    config.diffusion.train_text_encoder = False
+    config.total_steps = 1200
     config.batch_size = 48
     config.log_steps = 100
-    config.checkpoint_steps, config.eval_steps, config.sample_steps = 0, 300, 0
+    config.checkpoint_steps, config.eval_steps, config.sample_steps = 0, 400, 0
     config.ema_decays = (0.995,)
 
     config.data.num_examples = 12_800
@@ -47,7 +47,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.resolution = 64
     config.data.crop = "centre"
     config.data.held_out = 0.02
-    config.data.cache_latents = True
+    config.data.cache_latents = config.data.cache_text = True
     if args.rung != "plain":
         config.data.buckets.step = 16
 
