@@ -4,8 +4,9 @@
     python -m sd_jax.evals --checkpoint=runs/shapes_ladder/full_1 --out=runs/shapes_ladder/full_1 --two_objects=0
     python -m benchmarks.shapes_ladder            (all rungs, three seeds, and the table)
 
-Pictures of one object have aspect ratios 0.6, 1 and 5/3 in equal parts; what is judged are squares of 64x64. The
-autoencoder is the bundled model's, U-Net and text encoder start from nothing.
+Pictures of one object have aspect ratios 0.6, 1 and 5/3 in equal parts; what is judged are squares of 64x64. As in
+Stable Diffusion the autoencoder and the text encoder are there before, frozen (the bundled model's), and the U-Net
+starts from nothing and predicts the noise.
 
     plain    squares cut out of the middle, every timestep counts alike
     buckets  the same, but pictures keep their aspect ratio: 64x64, 48x80 and 80x48
@@ -14,7 +15,7 @@ autoencoder is the bundled model's, U-Net and text encoder start from nothing.
 Every run keeps an average of its weights besides, 0.995 of the old at each step: the last weights of `plain` are the
 foot of the ladder (--weights=raw of the evaluation), the averaged ones of `full` its top.
 
-Cost and result have not been measured yet.
+Cost: some 8 minutes a run on two cores with other work beside. Result: benchmarks/RESULTS.md.
 """
 
 from ml_collections import ConfigDict
@@ -34,12 +35,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = training_defaults("full")
     config.seed = args.seed
     config.model = ConfigDict(SHAPES_64.to_dict())
+    config.model.noise_schedule.prediction_type = "epsilon"
     config.init, config.init_parts = str(BUNDLED), ("vae", "text_encoder")
     config.diffusion.train_text_encoder = False
-    config.total_steps = 1200
+    config.total_steps = 1000
     config.batch_size = 48
     config.log_steps = 100
-    config.checkpoint_steps, config.eval_steps, config.sample_steps = 0, 400, 0
+    config.checkpoint_steps, config.eval_steps, config.sample_steps = 0, 500, 0
     config.ema_decays = (0.995,)
 
     config.data.num_examples = 12_800
