@@ -15,7 +15,8 @@ starts from nothing and predicts the noise.
 Every run keeps an average of its weights besides, 0.995 of the old at each step: the last weights of `plain` are the
 foot of the ladder (--weights=raw of the evaluation), the averaged ones of `full` its top.
 
-Cost: some 8 minutes a run on two cores with other work beside. Result: benchmarks/RESULTS.md.
+Cost: 9 to 12 minutes a run, two at a time on two cores. Result, over three seeds: 83.0 % of all attributes are right at
+the foot (82.3 to 83.7), 88.5 % at the top (87.9 to 89.3), and the average has most of it: benchmarks/RESULTS.md.
 """
 
 from ml_collections import ConfigDict
