@@ -37,10 +37,10 @@ demo: $(INSTALLED)
 		--stages=$(DEMO)/autoencoder,$(DEMO)/text_to_image
 
 test: $(INSTALLED)
-	JAX_PLATFORMS=$${JAX_PLATFORMS:-$(TEST_PLATFORMS)} $(RUN) -m pytest -n $(WORKERS) --dist=loadfile
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-$(TEST_PLATFORMS)} $(RUN) -m pytest -n $(WORKERS) --dist=loadfile --no-loadscope-reorder
 
 parity: $(REFERENCES)
-	JAX_PLATFORMS=$${JAX_PLATFORMS:-$(TEST_PLATFORMS)} $(RUN) -m pytest -n $(WORKERS) --dist=loadfile -m "$(MARKS)"
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-$(TEST_PLATFORMS)} $(RUN) -m pytest -n $(WORKERS) --dist=loadfile --no-loadscope-reorder -m "$(MARKS)"
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

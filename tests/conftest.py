@@ -62,3 +62,8 @@ def _let_optax_promote() -> None:
 _leave_pytrees_unchecked()
 _let_optax_promote()
 jaxtyping.install_import_hook(["sd_jax"], "beartype.beartype")  # before the first import of sd_jax
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """Whole runs first: the last of them would keep one worker busy while the other has nothing left."""
+    items.sort(key=lambda item: item.path.parent.name != "training")

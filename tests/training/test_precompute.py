@@ -59,6 +59,7 @@ def test_several_sizes_resume_to_the_bit(cached, tmp_path):
     assert doors.losses(tmp_path) == doors.losses(cached)
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_same_sizes_and_keep_what_was_computed_before(cached, tmp_path):
     """What is cached is no part of the sharded state: the first process writes it into the checkpoint."""
     cache = f"--config.data.cache_dir={cached / 'cache'}"
