@@ -38,7 +38,7 @@ from sd_jax.training.methods import method_of
 SMALL = 16
 USABLE = 0.95  # of a device's memory; the rest is for batches that wait, held-out losses and what falls between
 UTILISATION = 0.4  # of the peak, for the prediction; MLPerf v4.1 and others reached 0.28 (A100) to 0.45 (v5p) with SD 2
-# Bytes a device that a CPU's kernels take for themselves and XLA does not tell of: 20 to 50 million were measured
+# Bytes a device that a CPU's kernels take for themselves and XLA does not tell of: 3 to 50 million were measured
 CPU_KERNELS = 25e6
 # Of 2 and 3 axes, as clouds offer them, by size
 SLICES = {
@@ -149,7 +149,7 @@ def _plan(config: ConfigDict, wanted: Topology, price: float | None) -> int:
     print(f"  {'together':20}{_gb(held):>12}  of {_gb(USABLE * memory)} ({USABLE:.0%} of {_gb(memory)})")
 
     if chip is None:
-        added = wanted.num_devices * sum(program.memory[kind] for kind in STEP)
+        added = wanted.num_devices * sum(program.memory.get(kind, 0.0) for kind in STEP)
         print(f"  {'the steps add':20}{_gb(added):>12}  on all devices to what is there before the first")
 
     print("\narithmetic")
