@@ -5,9 +5,10 @@
     python -m sd_jax.evals --checkpoint=runs/demo/text_to_image --out=runs/demo \
         --stages=runs/demo/autoencoder,runs/demo/text_to_image
 
-(`make demo` is these three.) Pictures of 32x32 with one object. Cost: 8.5 minutes on two idle cores. Result: shape 97 to
-99 % seen and held out (of two versions of the code, whose rounding differs), every other attribute as much or more. The bundled model draws 64x64, and two objects as well; it
-took 50 minutes on cores busy with other work, and its result is sd_jax/assets/shapes_64/report.json:
+(`make demo` is these three.) Pictures of 32x32 with one object. Cost: 8.5 minutes on two idle cores. Result: shape 97
+to 99 % seen and held out (of several versions of the code, which round differently), every other attribute as much or
+more. The bundled model draws 64x64, and two objects as well; it took 50 minutes on cores busy with other work, and its
+result is sd_jax/assets/shapes_64/report.json:
 
     python train.py --config=configs/demo.py:autoencoder,resolution=64 --workdir=runs/shapes_64/autoencoder
     python train.py --config=configs/demo.py:text_to_image,resolution=64 --workdir=runs/shapes_64/text_to_image
