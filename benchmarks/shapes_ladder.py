@@ -1,5 +1,5 @@
 """The ladder of configs/shapes.py: every rung with every seed. `python -m benchmarks.shapes_ladder [--seeds=3]
-[--out=DIR]`
+[--rungs=plain,full] [--out=DIR]`
 
 Trains, judges the last weights and the averaged ones, and prints a table of means, least and most over the seeds. What
 is there already is not done again.
@@ -20,13 +20,12 @@ ATTRIBUTES = ("colour", "shape", "size", "position", "background")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--rungs", default=",".join(RUNGS), help="some of them")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/shapes_ladder"))
     options = parser.parse_args()
     rungs = options.rungs.split(",")
     reports = {(rung, weights): [] for rung in rungs for weights in WEIGHTS}
-    for seed in range(options.first_seed, options.first_seed + options.seeds):  # after an hour, some seeds are whole
+    for seed in range(options.seeds):  # seed by seed: what is there after an hour is whole
         for rung in rungs:
             workdir = options.out / f"{rung}_{seed}"
             cache = options.out / f"cache_{'squares' if rung == 'plain' else 'buckets'}_{seed}"

@@ -10,8 +10,8 @@ plain):
     transformers  1.19 GB  0.27        1.14
     blocks        1.02 GB  0.23        1.22
 
-Where attention keeps no scores anyway (cuDNN, or in chunks) "dots" gains less. On a CPU
-all four hold the same (jaxlib 0.10): arithmetic alone changes.
+Where attention keeps no scores anyway (cuDNN, or in chunks) "dots" gains less. On a CPU all four hold the same (jaxlib
+0.10): arithmetic alone changes.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,7 @@
 """Latents and text made once, and pictures of several sizes: whole runs of the tiny pretraining configs."""
 
 import jax
+import numpy as np
 import pytest
 
 from sd_jax.checkpoints import read
@@ -33,6 +34,13 @@ def test_there_is_a_program_for_each_size_and_no_other(cached):
     assert len(sizes) > 1 and f" {len(sizes)} compiled" in line
     shards = {tuple(read(path)["moments"].shape[1:3]) for path in (cached / "cache" / "train").glob("*.safetensors")}
     assert shards == {(int(h) // 8, int(w) // 8) for w, h in (size.split("x") for size in sizes)}
+
+
+def test_checkpoints_hold_what_the_step_does_not_read(cached):
+    params, bundled = read_params(cached / "checkpoints", weights="raw")[0], load().params
+    assert params.keys() == {"unet", "vae", "text_encoder"}
+    for part in ("vae", "text_encoder"):
+        assert_same(params[part], jax.tree.map(np.asarray, bundled[part]))
 
 
 def test_what_was_computed_before_gives_the_losses_of_what_is_computed_in_the_step(cached, tmp_path):
