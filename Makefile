@@ -62,9 +62,9 @@ $(INSTALLED): setup.py constraints.txt | .venv/bin/python
 	$(RUN) -m pip install -qq --constraint constraints.txt --editable ".[test$(EXTRAS:%=$(comma)%)]"
 	@touch $@
 
-# k-diffusion without its own requirements, of which the tests need none.
+# k-diffusion and open_clip without their own requirements, of which the tests need none.
 $(REFERENCES): $(INSTALLED)
-	@echo "installing the references of the parity tests (torch, diffusers, k-diffusion)"
+	@echo "installing the references of the parity tests (torch, diffusers, k-diffusion, open_clip)"
 	$(RUN) -m pip install -qq --constraint constraints.txt --editable ".[parity]"
-	$(RUN) -m pip install -qq --constraint constraints.txt --no-deps k-diffusion
+	$(RUN) -m pip install -qq --constraint constraints.txt --no-deps k-diffusion open_clip_torch
 	@touch $@

@@ -39,8 +39,10 @@ EXTRAS_REQUIRE = {
         "nbformat>=5.10",
         "ipykernel>=7",
     ],
-    # References that the parity tests compare with. sd_jax itself never imports them. k-diffusion is one more: its
-    # own requirements (wandb, torchvision, ...) are not wanted, so `make parity` installs it with --no-deps.
+    # Preparing data on several machines (`sd_jax.data.prepare --executor=ray`): scheduling and retries across them
+    "prep": ["ray[data]>=2.60"],
+    # References that the parity tests compare with. sd_jax itself never imports them. k-diffusion and open_clip are
+    # two more: what they require (wandb, torchvision) is not wanted, so `make parity` installs them with --no-deps.
     "parity": ["torch==2.13.0", "diffusers==0.42.1", "peft>=0.21", "accelerate>=1.15"],
 }
 

@@ -49,6 +49,8 @@ def save_checkpoint(
     if format == "single_file" and path.suffix != ".safetensors":
         raise ValueError(f"{path}: a single file is called *.safetensors")
     where = f"cannot write {path}"
+    if format != "native" and "vae" not in spec.parts:
+        raise CheckpointError(f"{where}: the model works on pixels, for which only format='native' has a place")
     missing = [part for part in _needed(spec, format) if part not in params]
     if missing:
         raise CheckpointError(f"{where}: the model has no {layout.NAMES[missing[0]]}")

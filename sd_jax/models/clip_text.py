@@ -3,53 +3,10 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from sd_jax.models.attention import attention
-from sd_jax.models.layers import ZEROS, Dtype, LayerNorm, dense
+from sd_jax.models.clip_transformer import Encoder, layer_norm
+from sd_jax.models.layers import Dtype, dense
 from sd_jax.models.presets import CLIPTextConfig
-from sd_jax.models.remat import wrapped
 from sd_jax.types import Conditioning, TokenIds
-
-
-class _SelfAttention(nn.Module):
-    config: CLIPTextConfig
-    dtype: Dtype
-    param_dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x):
-        width, heads = self.config.hidden_size, self.config.num_attention_heads
-        split = lambda y: y.reshape(*y.shape[:2], heads, width // heads)  # noqa: E731
-        q, k, v = (split(dense(width, f"{name}_proj", self)(x)) for name in "qkv")
-        return dense(width, "out_proj", self, kernel_init=ZEROS)(attention(q, k, v, causal=True).reshape(x.shape))
-
-
-class _MLP(nn.Module):
-    config: CLIPTextConfig
-    dtype: Dtype
-    param_dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x):
-        h = dense(self.config.intermediate_size, "fc1", self)(x)
-        h = h * nn.sigmoid(1.702 * h) if self.config.hidden_act == "quick_gelu" else nn.gelu(h, approximate=False)
-        return dense(self.config.hidden_size, "fc2", self, kernel_init=ZEROS)(h)
-
-
-class _Layer(nn.Module):
-    config: CLIPTextConfig
-    dtype: Dtype
-    param_dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x):
-        parts = (self.config, self.dtype, self.param_dtype)
-        norm = lambda name: _layer_norm(self.config, name, self)  # noqa: E731
-        x = x + _SelfAttention(*parts, name="self_attn")(norm("layer_norm1")(x))
-        return x + _MLP(*parts, name="mlp")(norm("layer_norm2")(x))
-
-
-def _layer_norm(config, name, like):
-    return LayerNorm(config.layer_norm_eps, dtype=like.dtype, param_dtype=like.param_dtype, name=name)
 
 
 class _Embeddings(nn.Module):
@@ -67,21 +24,6 @@ class _Embeddings(nn.Module):
         return words(ids) + places(jnp.arange(ids.shape[1], dtype=jnp.int32))[None]
 
 
-class _Encoder(nn.Module):
-    config: CLIPTextConfig
-    dtype: Dtype
-    param_dtype: Dtype
-    remat: str
-
-    @nn.compact
-    def __call__(self, x):
-        layer = wrapped(_Layer, "transformer", self.remat)
-        states = [x]
-        for i in range(self.config.num_hidden_layers):
-            states.append(layer(self.config, self.dtype, self.param_dtype, name=f"layers_{i}")(states[-1]))
-        return states
-
-
 class _TextModel(nn.Module):
     config: CLIPTextConfig
     dtype: Dtype
@@ -90,9 +32,10 @@ class _TextModel(nn.Module):
 
     @nn.compact
     def __call__(self, ids, clip_skip):
-        parts = (self.config, self.dtype, self.param_dtype)
-        states = _Encoder(*parts, self.remat, name="encoder")(_Embeddings(*parts, name="embeddings")(ids))
-        norm = _layer_norm(self.config, "final_layer_norm", self)
+        types = (self.dtype, self.param_dtype)
+        words = _Embeddings(self.config, *types, name="embeddings")(ids)
+        states = Encoder(self.config, True, *types, self.remat, name="encoder")(words)
+        norm = layer_norm(self.config, "final_layer_norm", self)
         last = norm(states[-1])
         context = states[-clip_skip]
         if self.config.context_norm:

@@ -1,12 +1,21 @@
 """The published models, each with its source: the config.json files of the named repository (or file).
 
 Stable Diffusion 1 (Rombach et al. 2022), 2 (the same with OpenCLIP-H), XL (Podell et al. 2023), the x4 upscaler, what
-was distilled from them, and the tiny autoencoders that stand in for theirs.
+was distilled from them, and the tiny autoencoders that stand in for theirs; and CLIP whole (Radford et al. 2021), as
+OpenAI and LAION (Cherti et al. 2022) published it.
 """
 
 import dataclasses
 
-from sd_jax.models.presets import CLIPTextConfig, ModelSpec, TinyVAEConfig, UNetConfig, VAEConfig
+from sd_jax.models.presets import (
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    ModelSpec,
+    TinyVAEConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from sd_jax.types import NoiseScheduleConfig
 
 # Text encoders: OpenAI's ViT-L/14 (openai/clip-vit-large-patch14), OpenCLIP's ViT-H/14 and ViT-bigG/14
@@ -128,4 +137,64 @@ FAMILIES: dict[str, ModelSpec] = {
     "sdxl_inpainting": SDXL_INPAINTING,
     "sdxl_lcm": SDXL_LCM,
     "sdxl_refiner": SDXL_REFINER,
+}
+
+# CLIP, both towers. OpenAI's: openai/clip-vit-base-patch32, -base-patch16, -large-patch14, -large-patch14-336
+CLIP_VIT_B_32 = CLIPConfig()
+CLIP_VIT_B_16 = dataclasses.replace(CLIP_VIT_B_32, vision_config=CLIPVisionConfig(patch_size=16))
+_VISION_L = CLIPVisionConfig(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
+)
+CLIP_VIT_L_14 = CLIPConfig(text_config=CLIP_L, vision_config=_VISION_L, projection_dim=768)
+CLIP_VIT_L_14_336 = dataclasses.replace(CLIP_VIT_L_14, vision_config=dataclasses.replace(_VISION_L, image_size=336))
+
+# OpenCLIP's: laion/CLIP-ViT-H-14-laion2B-s32B-b79K, -g-14-laion2B-s34B-b88K, -bigG-14-laion2B-39B-b160k
+# (mlfoundations/open_clip src/open_clip/model_configs/ViT-{H,g,bigG}-14.json). The heads of their vision towers are 80,
+# 88 and 104 channels wide
+_TEXT_H = dataclasses.replace(OPENCLIP_H, num_hidden_layers=24)
+CLIP_VIT_H_14 = CLIPConfig(
+    text_config=_TEXT_H,
+    vision_config=CLIPVisionConfig(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        patch_size=14,
+        hidden_act="gelu",
+    ),
+    projection_dim=1024,
+)
+CLIP_VIT_G_14 = CLIPConfig(
+    text_config=_TEXT_H,
+    vision_config=CLIPVisionConfig(
+        hidden_size=1408,
+        intermediate_size=6144,
+        num_hidden_layers=40,
+        num_attention_heads=16,
+        patch_size=14,
+        hidden_act="gelu",
+    ),
+    projection_dim=1024,
+)
+CLIP_VIT_BIGG_14 = CLIPConfig(
+    text_config=dataclasses.replace(OPENCLIP_BIGG, clip_skip=1, context_norm=True),
+    vision_config=CLIPVisionConfig(
+        hidden_size=1664,
+        intermediate_size=8192,
+        num_hidden_layers=48,
+        num_attention_heads=16,
+        patch_size=14,
+        hidden_act="gelu",
+    ),
+    projection_dim=1280,
+)
+
+CLIPS: dict[str, CLIPConfig] = {
+    "clip_vit_b_32": CLIP_VIT_B_32,
+    "clip_vit_b_16": CLIP_VIT_B_16,
+    "clip_vit_l_14": CLIP_VIT_L_14,
+    "clip_vit_l_14_336": CLIP_VIT_L_14_336,
+    "clip_vit_h_14": CLIP_VIT_H_14,
+    "clip_vit_g_14": CLIP_VIT_G_14,
+    "clip_vit_bigg_14": CLIP_VIT_BIGG_14,
 }

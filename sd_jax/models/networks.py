@@ -1,4 +1,4 @@
-"""The networks of a text-to-image model as one value, hashable, so that it can be a static argument of `jit`."""
+"""The networks of a model, and those beside it, as one value, hashable: it can be a static argument of `jit`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,33 +7,55 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sd_jax.models.aesthetic import AestheticHead
+from sd_jax.models.caption_words import CaptionWords
+from sd_jax.models.clip import CLIP
 from sd_jax.models.clip_text import CLIPText
-from sd_jax.models.presets import ModelSpec, TinyVAEConfig
+from sd_jax.models.discriminator import Discriminator
+from sd_jax.models.perceptual import LPIPS
+from sd_jax.models.presets import IdentityConfig, ModelSpec, TinyVAEConfig
 from sd_jax.models.remat import policy_of
 from sd_jax.models.unet import UNet
-from sd_jax.models.vae import VAE
+from sd_jax.models.vae import VAE, Identity
 from sd_jax.models.vae_tiny import TinyVAE
 from sd_jax.types import Conditioning, Params, TokenIds
 
 
 class Networks(NamedTuple):
-    """The modules of a model, in the dtypes of a run; None where the family has no such part."""
+    """The modules of a model, in the dtypes of a run; None where its spec has no such part."""
 
     spec: ModelSpec
     unet: UNet
-    vae: VAE | TinyVAE
+    vae: VAE | TinyVAE | Identity
     text_encoder: CLIPText | None
     text_encoder_2: CLIPText | None
+    clip: CLIP | None = None
+    features: CaptionWords | None = None
+    perceptual: LPIPS | None = None
+    aesthetic: AestheticHead | None = None
+    discriminator: Discriminator | None = None
 
     @staticmethod
     def of(spec: ModelSpec, dtype: str = "float32", remat: str = "none") -> "Networks":
         """Raises ValueError for a `remat` that models/remat.py does not know."""
         policy_of(remat)
         kwargs = {"dtype": jnp.dtype(dtype), "remat": remat}
-        vae = TinyVAE if isinstance(spec.vae, TinyVAEConfig) else VAE
+        vae = {TinyVAEConfig: TinyVAE, IdentityConfig: Identity}.get(type(spec.vae), VAE)
         text = {part: CLIPText(config, **kwargs) for part, config in spec.text_encoders.items()}
-        first, second = (text.get(part) for part in ("text_encoder", "text_encoder_2"))
-        return Networks(spec, UNet(spec.unet, **kwargs), vae(spec.vae, **kwargs), first, second)
+        model = {"unet": UNet(spec.unet, **kwargs), "vae": vae(spec.vae, **kwargs)}
+        model |= {part: text.get(part) for part in ("text_encoder", "text_encoder_2")}
+        beside, plain = {}, {"dtype": jnp.dtype(dtype)}
+        if spec.clip is not None:
+            beside["clip"] = CLIP.of(spec.clip, dtype, remat)
+        if spec.features is not None:
+            beside["features"] = CaptionWords(spec.features, **plain)
+        if spec.perceptual is not None:
+            beside["perceptual"] = LPIPS(spec.perceptual.widths, spec.perceptual.depths, **plain)
+        if spec.aesthetic is not None:
+            beside["aesthetic"] = AestheticHead(spec.aesthetic, **plain)
+        if spec.discriminator is not None:
+            beside["discriminator"] = Discriminator(spec.discriminator, **plain)
+        return Networks(spec, **model, **beside)
 
     def with_scaling_factor(self, factor: float) -> "Networks":
         vae = dataclasses.replace(self.spec.vae, scaling_factor=factor)
@@ -63,12 +85,22 @@ class Networks(NamedTuple):
 
     def init(self, part: str, key: jax.Array) -> Params:
         """Fresh parameters of one part, float32."""
+        if part == "clip":
+            return self.clip.init(key)
         return getattr(self, part).init(key, *self._smallest_inputs(part))["params"]
 
     def _smallest_inputs(self, part: str) -> tuple:
         unet, vae = self.spec.unet, self.spec.vae
         if part == "vae":
             return (jnp.zeros((1, vae.downscale, vae.downscale, vae.in_channels)),)
+        if part in ("features", "perceptual"):
+            side = 2 ** (len(getattr(self.spec, part).widths) - 1)
+            return (jnp.zeros((1, side, side, 3)),) * (2 if part == "perceptual" else 1)
+        if part == "aesthetic":
+            return (jnp.zeros((1, self.spec.aesthetic.width)),)
+        if part == "discriminator":
+            side = 4 * 2**self.spec.discriminator.layers
+            return (jnp.zeros((1, side, side, 3)),)
         if part != "unet":
             return (jnp.zeros((1, 1), jnp.int32),)
         side = 2 ** (len(unet.block_out_channels) - 1)

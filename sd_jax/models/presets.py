@@ -5,10 +5,12 @@ SHAPES_64 for pictures of shapes world).
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from sd_jax.types import NoiseScheduleConfig
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # of a model, by the names of a diffusers folder
+BESIDE = ("clip", "features", "perceptual", "aesthetic", "discriminator")  # what is trained to guide, teach or judge it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +85,32 @@ class TinyVAEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class IdentityConfig:
+    """No autoencoder: the U-Net works on pixels in [-1, 1] themselves (Ho et al. 2020). A part without parameters."""
+
+    sample_size: int = 32  # pixels; the size that the model was trained at
+    channels: int = 3
+
+    @property
+    def in_channels(self) -> int:
+        return self.channels
+
+    @property
+    def latent_channels(self) -> int:
+        return self.channels
+
+    @property
+    def block_out_channels(self) -> tuple[int, ...]:
+        return (self.channels,)
+
+    downscale = 1
+    scaling_factor = 1.0
+
+
+AutoencoderConfig = VAEConfig | TinyVAEConfig | IdentityConfig
+
+
+@dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:
     """transformers' CLIPTextModel, or CLIPTextModelWithProjection where there is a `projection_dim`."""
 
@@ -102,15 +130,111 @@ class CLIPTextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CLIPVisionConfig:
+    """transformers' CLIPVisionModel, or CLIPVisionModelWithProjection where there is a `projection_dim`."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224  # pixels, of a square
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"  # or "gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int | None = None  # the pooled state goes through a linear without bias (visual_projection)
+
+    @property
+    def patches(self) -> int:
+        """Along a side."""
+        return self.image_size // self.patch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+    """transformers' CLIPModel, and what its image processor normalises with; the defaults are OpenAI's ViT-B/32's.
+
+    The `projection_dim` of the two towers is always that of the whole.
+    """
+
+    text_config: CLIPTextConfig = CLIPTextConfig(hidden_size=512, intermediate_size=2048, num_attention_heads=8)
+    vision_config: CLIPVisionConfig = CLIPVisionConfig()
+    projection_dim: int = 512
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of values in [0, 1], by channel
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __post_init__(self):
+        for name in ("text_config", "vision_config"):
+            tower = dataclasses.replace(getattr(self, name), projection_dim=self.projection_dim)
+            object.__setattr__(self, name, tower)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict) -> "CLIPConfig":
+        """Inverse of `to_dict`, also after a trip through JSON. Unknown keys raise TypeError."""
+        made = {name: tuple(value) if isinstance(value, list | tuple) else value for name, value in data.items()}
+        for name, kind in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
+            if name in made:
+                made[name] = kind(**made[name])
+        return CLIPConfig(**made)
+
+
+@dataclasses.dataclass(frozen=True)
+class FeaturesConfig:
+    """A VGG (Simonyan & Zisserman 2015) for perceptual distances; the defaults are VGG16's.
+
+    The words are those of the captions that it learns to find in pictures (Joulin et al. 2016), where we train one.
+    """
+
+    widths: tuple[int, ...] = (64, 128, 256, 512, 512)  # of the stages
+    depths: tuple[int, ...] = (2, 2, 3, 3, 3)  # convolutions in each
+    vocab_size: int = 768  # at most; the tokenizer that is trained decides
+    max_position_embeddings: int = 77  # tokens of a caption that are read
+    eos_token_id: int = 767
+    pad_token_id: int = 767
+
+    def __post_init__(self):
+        if len(self.widths) != len(self.depths) or min(*self.widths, *self.depths) < 1:
+            raise ValueError(f"a VGG of widths {self.widths} and depths {self.depths}: give one of each to a stage")
+
+
+@dataclasses.dataclass(frozen=True)
+class AestheticConfig:
+    kind: str = "mlp"  # "linear", "mlp" or "mlp_relu"; see models/aesthetic.py
+    width: int = 768  # of the embeddings
+
+    def __post_init__(self):
+        if self.kind not in ("linear", "mlp", "mlp_relu") or self.width < 1:
+            raise ValueError(
+                f"an aesthetic head of kind={self.kind!r}, width={self.width}: use linear, mlp or mlp_relu"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorConfig:
+    """The PatchGAN of pix2pix (Isola et al. 2017); the defaults are those of Stable Diffusion's autoencoder."""
+
+    width: int = 64  # of the first convolution; doubles with each, up to 8-fold
+    layers: int = 3  # that halve the size: 3 sees patches of 70x70 pixels
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """Everything about a text-to-image model but its weights and its words."""
+    """Everything about a text-to-image model, and what is trained beside it, but its weights and its words."""
 
     unet: UNetConfig = UNetConfig()
-    vae: VAEConfig | TinyVAEConfig = VAEConfig()
+    vae: AutoencoderConfig = VAEConfig()
     text_encoder: CLIPTextConfig | None = CLIPTextConfig()  # None: SDXL's refiner, which has the second one alone
     text_encoder_2: CLIPTextConfig | None = None  # SDXL: its states are joined to the first's, its pooled one is used
     noise_schedule: NoiseScheduleConfig = NoiseScheduleConfig()
     force_zeros_for_empty_prompt: bool = False  # SDXL base: an empty negative prompt is zeros, not its encoding
+    # BESIDE: in the runs that train them and those that learn from them
+    clip: CLIPConfig | None = None
+    features: FeaturesConfig | None = None  # a trunk for `perceptual`, and the words that it learns by
+    perceptual: FeaturesConfig | None = None  # LPIPS
+    aesthetic: AestheticConfig | None = None
+    discriminator: DiscriminatorConfig | None = None
 
     @property
     def text_encoders(self) -> dict[str, CLIPTextConfig]:
@@ -125,8 +249,9 @@ class ModelSpec:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts that such a model has, of PARTS."""
-        return ("unet", "vae", *self.text_encoders)
+        """The parts that such a model has, of PARTS; what has no parameters is none."""
+        vae = () if isinstance(self.vae, IdentityConfig) else ("vae",)
+        return ("unet", *vae, *self.text_encoders)
 
     @property
     def num_time_ids(self) -> int:
@@ -137,18 +262,36 @@ class ModelSpec:
         pooled = self.text_encoder_2.projection_dim if self.text_encoder_2 else 0
         return (unet.projection_class_embeddings_input_dim - pooled) // unet.addition_time_embed_dim
 
+    def readers(self, parts: Sequence[str]) -> tuple[str, ...]:
+        """Those of `parts` that read captions."""
+        return tuple(part for part in parts if part in (*self.text_encoders, "clip", "features"))
+
+    def words_of(self, part: str) -> CLIPTextConfig | FeaturesConfig:
+        """The description of a part that reads captions, with its vocabulary and number of positions."""
+        return self.clip.text_config if part == "clip" else getattr(self, part)
+
+    def with_vocabulary(self, part: str, **values: int) -> "ModelSpec":
+        """With another vocab_size, eos_token_id or pad_token_id in `words_of(part)`."""
+        words = dataclasses.replace(self.words_of(part), **values)
+        changed = dataclasses.replace(self.clip, text_config=words) if part == "clip" else words
+        return dataclasses.replace(self, **{part: changed})
+
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_dict(data: dict) -> "ModelSpec":
         """Inverse of `to_dict`, also after a trip through JSON (lists become tuples). Unknown keys raise TypeError."""
-        vae = TinyVAEConfig if "num_decoder_blocks" in (data.get("vae") or {}) else VAEConfig
+        keys = data.get("vae") or {}
+        vae = TinyVAEConfig if "num_decoder_blocks" in keys else IdentityConfig if "channels" in keys else VAEConfig
         kinds = {"unet": UNetConfig, "vae": vae, "text_encoder": CLIPTextConfig, "text_encoder_2": CLIPTextConfig}
-        kinds["noise_schedule"] = NoiseScheduleConfig
+        kinds |= {"noise_schedule": NoiseScheduleConfig, "features": FeaturesConfig, "perceptual": FeaturesConfig}
+        kinds |= {"aesthetic": AestheticConfig, "discriminator": DiscriminatorConfig}
         made = {}
         for name, value in data.items():
-            if name in kinds and value is not None:
+            if name == "clip" and value is not None:
+                made[name] = CLIPConfig.from_dict(dict(value))
+            elif name in kinds and value is not None:
                 fields = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in dict(value).items()}
                 made[name] = kinds[name](**fields)
             else:
@@ -176,6 +319,19 @@ TINY = ModelSpec(
         eos_token_id=999,
         pad_token_id=999,
     ),
+)
+
+TINY_CLIP = CLIPConfig(
+    text_config=TINY.text_encoder,
+    vision_config=CLIPVisionConfig(
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        image_size=32,
+        patch_size=8,
+    ),
+    projection_dim=24,
 )
 
 
@@ -236,6 +392,29 @@ TINY_SHAPES = _shapes(
         norm_num_groups=8,
     ),
 )
+
+
+# Beside the models of shapes world: they read pictures of 32 pixels
+SHAPES_CLIP = CLIPConfig(
+    text_config=CLIPTextConfig(
+        vocab_size=768,  # at most; the tokenizer that is trained decides
+        hidden_size=96,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+    ),
+    vision_config=CLIPVisionConfig(
+        hidden_size=96,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=4,
+    ),
+    projection_dim=64,
+)
+SHAPES_FEATURES = FeaturesConfig(widths=(24, 48, 64), depths=(2, 2, 2), max_position_embeddings=32)
 
 
 def shrink(spec: ModelSpec) -> ModelSpec:
