@@ -1,20 +1,22 @@
 """Stable Diffusion in JAX and Flax: `load` a model, make pictures; train.py trains one."""
 
+import importlib
 from typing import TYPE_CHECKING
 
-from sd_jax.types import Conditioning, Recipe
-
 if TYPE_CHECKING:
+    from sd_jax.sampling.clip import load_clip
     from sd_jax.sampling.pipeline import Pipeline, load
+    from sd_jax.types import Conditioning, Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Conditioning", "Pipeline", "Recipe", "load"]
+__all__ = ["Conditioning", "Pipeline", "Recipe", "load", "load_clip"]
+
+# Asked for, not imported at once: the pipeline pulls in every network, and processes that decode pictures need no JAX
+_WHERE = {"Conditioning": "types", "Recipe": "types", "load_clip": "sampling.clip"}
+_WHERE |= dict.fromkeys(("Pipeline", "load"), "sampling.pipeline")
 
 
 def __getattr__(name: str):
-    # The pipeline pulls in every network: `import sd_jax` alone stays quick
-    if name in ("Pipeline", "load"):
-        from sd_jax.sampling import pipeline
-
-        return getattr(pipeline, name)
-    raise AttributeError(f"module 'sd_jax' has no attribute {name!r}")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'sd_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"sd_jax.{_WHERE[name]}"), name)

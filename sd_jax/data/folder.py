@@ -16,7 +16,7 @@ from sd_jax.data.captions import CAPTION_KEYS, IMAGE_KEYS, choose_key, choose_ke
 
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-TABLES = (".parquet", ".arrow")  # a folder that holds these is a data set; pictures in it are decoration
+TABLES = (".parquet", ".arrow", ".tar")  # a folder that holds these is a data set; pictures in it are decoration
 
 logger = getLogger(__name__)
 

@@ -15,6 +15,7 @@ from sd_jax.media import BadImage
 
 _ORIENTATION = 0x0112  # the EXIF tag; from 5 on height and width change places
 _NAMED = 10  # pictures without a size, in the log
+_PROBED = 8  # records whose headers are held against what is told of sizes
 
 logger = getLogger(__name__)
 
@@ -59,6 +60,24 @@ def sizes(
     if len(bad) > _NAMED:
         logger.warning("left out %d more that have no size", len(bad) - _NAMED)
     return np.array([(0, 0) if isinstance(size, BadImage) else size for size in found], np.int64).reshape(-1, 2)
+
+
+def told_sizes(
+    told: Int64[np.ndarray, "records 2"],  # (height, width) as columns tell them, 0 where they do not
+    size_of: Callable[[int], tuple[int, int]],  # raises BadImage
+    what: str,  # tells it, for the log
+) -> Int64[np.ndarray, "records 2"]:
+    """What is told, where some records' headers agree with it, and else what `sizes` finds."""
+    result = told.copy()
+    known = np.flatnonzero((result > 0).all(1))
+    probed = known[np.linspace(0, len(known) - 1, min(len(known), _PROBED)).astype(np.int64)]
+    seen = sizes(size_of, probed)
+    if not np.array_equal(result[probed][seen[:, 0] > 0], seen[seen[:, 0] > 0]):
+        logger.warning("%s are not the sizes of its pictures", what)
+        result[:] = 0
+    unknown = np.flatnonzero((result <= 0).any(1))
+    result[unknown] = sizes(size_of, unknown) if len(unknown) else 0
+    return result
 
 
 def _upright(image: Image.Image) -> tuple[int, int]:

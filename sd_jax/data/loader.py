@@ -72,7 +72,8 @@ class BadFiles:
 class Loader:
     """An endless iterator of this process' batches; `sizes` are the (height, width) that its pictures come in.
 
-    A batch is {"pixels": uint8 [b, h, w, 3], "input_ids": int32 [b, tokens], "index": int64 [b]}; where latents are
+    A batch is {"pixels": uint8 [b, h, w, 3], "input_ids": int32 [b, tokens], "index": int64 [b]}, with "rating"
+    (float32 [b]) where `config.data.rating_key` names its column; where latents are
     cached "moments" (float32 [b, h/f, w/f, 2c]) stands for pixels, where text is cached "context" [b, tokens, width]
     and, if there is any, "pooled" [b, width] stand for ids, without a tokenizer there are none, and a model that reads
     them has "time_ids" as well (float32 [b, numbers], see `transforms.time_ids`).
@@ -275,6 +276,8 @@ class _Preparation:
             example |= {name: record[name + "s"][k] for name in ("context", "pooled") if name + "s" in record}
         elif self._tokenize is not None:
             example["caption"] = captions.choose(record["fields"], self._data, rng)
+        if "rating_key" in self._data:
+            example["rating"] = self._rating(record)
         if "moments" in record:
             return example | {name: record[name] for name in ("moments", "time_ids") if name in record}
         flip = rng is not None and self._random_flip and bool(rng.random() < 0.5)
@@ -284,6 +287,14 @@ class _Preparation:
             whole = self._source.full_size(number) or record["pixels"].shape[:2]
             example["time_ids"] = time_ids(whole, fitted.crop, size, self._num_time_ids)
         return example
+
+    def _rating(self, record: dict[str, Any]) -> np.float32:
+        said = "".join(record["fields"][0])
+        try:
+            return np.float32(said)
+        except ValueError:
+            what = f"{self._data.rating_key} is {said!r}, no number"
+            raise BadImage(f"{self._data.path}, record {record['index']}", what) from None
 
     def batch(self, examples: Sequence[dict[str, Any]]) -> Batch:
         """All of them stacked, with "input_ids" in place of "caption"."""

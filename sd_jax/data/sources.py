@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int64
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from sd_jax.data import DataError, buckets, fingerprints, folder, hub
+from sd_jax.data import DataError, buckets, fingerprints, folder, hub, tars
 from sd_jax.data.shapes import ShapesWorld
 
 Config = ConfigDict | FrozenConfigDict
@@ -57,9 +57,11 @@ def open_source(config: Config) -> Source:
     """Opens `config.data.path`.
 
     "shapes" is shapes world. A folder of pictures has captions in `.txt` files of the same stem, or in metadata.jsonl,
-    .csv or .parquet files (`file_name`, and a column of captions). All else is for Hugging Face `datasets`: a folder
-    or file of parquet, arrow or json, what `save_to_disk` wrote, webdataset tars, or the name of a set on the hub.
-    `config.data.caption_key=""` reads no captions.
+    .csv or .parquet files (`file_name`, and a column of captions). A folder, file or pattern of webdataset tars is read
+    where it lies. All else is for Hugging Face `datasets`: a folder or file of parquet, arrow or json, what
+    `save_to_disk` wrote, or the name of a set on the hub.
+    `config.data.caption_key=""` reads no captions; where `config.data.rating_key` is, its column is read in their
+    place.
     Raises FileNotFoundError or DataError, each naming the key and the mend.
     """
     data = config.data
@@ -69,11 +71,13 @@ def open_source(config: Config) -> Source:
     if name == "shapes":
         return ShapesSource(config)
     path = pathlib.Path(name).expanduser()
-    keys = (data.image_key, data.caption_key)
+    keys = (data.image_key, data.get("rating_key") or data.caption_key)
     # A picture of at least these sides covers every size that it is trained at
     at_least = max(2 * data.resolution, *(max(size) for size in buckets.make_sizes(data)))
     if path.is_dir() and (files := folder.pictures_in(path)):
         return folder.FolderSource(path, files, *keys, at_least)
+    if found := tars.tars_of(name):
+        return tars.TarSource(found, name, *keys, at_least)
     return hub.open_dataset(name, *keys, at_least)
 
 

@@ -1,6 +1,4 @@
-import io
 import json
-import tarfile
 
 import pytest
 
@@ -39,16 +37,6 @@ def hub_images(numbers, texts):
     return datasets.Dataset.from_dict(
         {"image": [{"bytes": d, "path": None} for d in data], "text": texts}, features=features
     )
-
-
-def write_tar(path, numbers, **others):
-    with tarfile.open(path, "w") as tar:
-        for n in numbers:
-            files = {"jpg": b"words" if n == 2 else jpeg(n), **{ext: make(n) for ext, make in others.items()}}
-            for ext, data in files.items():
-                info = tarfile.TarInfo(f"{n:05d}.{ext}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
 
 
 def check(source, texts):
@@ -102,21 +90,6 @@ def test_what_save_to_disk_wrote(config, tmp_path):
         opened(config, tmp_path / "odd")
 
 
-def test_webdataset_tars(config, tmp_path, caplog):
-    text, about = (lambda n: f"picture {n}".encode()), (lambda n: json.dumps({"caption": f"json {n}"}).encode())
-    write_tar(tmp_path / "00000.tar", (0, 1), txt=text, json=about)
-    write_tar(tmp_path / "00001.tar", (2, 3), txt=text, json=about)
-    check(opened(config, tmp_path), [((f"picture {i}",),) for i in range(4)])
-    source = opened(config, f"{tmp_path}/*.tar", caption_key="json.caption")
-    check(source, [((f"json {i}",),) for i in range(4)])
-    source = opened(config, f"{tmp_path}/*.tar", caption_key="txt,json.caption")
-    check(source, [((f"picture {i}",), (f"json {i}",)) for i in range(4)])
-    source = opened(config, f"{tmp_path}/*.tar", caption_key="json.caption")
-    with pytest.raises(BadImage, match="00002.jpg"):
-        source[2]
-    assert len(opened(config, tmp_path / "00001.tar", caption_key="text")) == 2
-
-
 def test_jsonl_with_file_names(config, photos):
     rows = [{"image": f"{n:02d}.jpg", "caption": f"number {n}"} for n in range(3)] + [{"image": None, "caption": "x"}]
     (photos / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -133,19 +106,15 @@ def with_sizes(path, heights, widths, names=("HEIGHT", "WIDTH")):
 
 
 def test_sizes_are_read_from_columns_of_any_usual_name(config, tmp_path, monkeypatch):
-    from sd_jax.data import headers, hub
+    from sd_jax.data import headers
 
-    monkeypatch.setattr(hub, "_PROBED", 2)  # the first and the last
+    monkeypatch.setattr(headers, "_PROBED", 2)  # the first and the last
     probed, read = [], headers.size
     monkeypatch.setattr(headers, "size", lambda data, name: probed.append(name) or read(data, name))
     # What the columns say of the records between is believed, but for the one of which they say nothing
     with_sizes(tmp_path / "a.parquet", [40, 7, None, 40, 40], [48.0, 9.0, 9.0, None, 48.0])
     assert opened(config, tmp_path).sizes().tolist() == [[40, 48], [7, 9], [0, 0], [40, 48], [40, 48]]
     assert len(probed) == 4
-    write_tar(
-        tmp_path / "a.tar", (0, 1, 3), json=lambda n: json.dumps({"height": 40, "width": 48 + n % 3 % 2}).encode()
-    )
-    assert opened(config, tmp_path / "a.tar", caption_key="").sizes().tolist() == [[40, 48], [40, 49], [40, 48]]
 
 
 @pytest.mark.parametrize(("heights", "widths"), [([80] * 4, [96] * 4), (["40"] * 4, ["wide"] * 4)])
