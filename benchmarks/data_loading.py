@@ -67,7 +67,7 @@ def _demo(options, folder: pathlib.Path) -> float:
     step = setup.make_step(METHODS["full"], context, mesh, jax.eval_shape(make_state, {}))
     state = step.place_state(sharding.jit(make_state)({}))
     slots = np.arange(config.batch_size, dtype=np.int32)
-    names = setup.batch_shapes(config, networks, (config.data.resolution,) * 2)
+    names = setup.batch_shapes(config, METHODS["full"], networks, (config.data.resolution,) * 2)
     batch = next(batches)
     batch = step.place_batch({name: batch[name] for name in names if name != "slot"} | {"slot": slots})
 

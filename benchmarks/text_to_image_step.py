@@ -80,7 +80,7 @@ def build_sd_jax(options) -> timing.Program:
     words, wide = (77,), (77, text.hidden_size)
     empty = EmptyPrompt(np.zeros(words, np.int32), (np.zeros(wide, jnp.dtype(options.dtype)), None))
     context = Context(networks, config, empty)
-    batch_shapes = setup.batch_shapes(config, networks, (options.size, options.size))
+    batch_shapes = setup.batch_shapes(config, method, networks, (options.size, options.size))
     fill = {
         "pixels": lambda s: rng.integers(0, 256, s.shape).astype(s.dtype),
         "input_ids": lambda s: np.full(s.shape, text.eos_token_id, s.dtype),

@@ -67,6 +67,8 @@ def training_defaults(method: str) -> ConfigDict:
     config.init = ""
     config.init_parts = ()  # what is taken of `init`, e.g. ("vae", "text_encoder"); empty = all that it has
     config.prediction_type = ""  # of `init`, where `model` is empty: what its U-Net predicts; empty = what it says
+    config.trainable = ""  # a pattern of re.search: of the parts that the method moves, only parameters whose path it
+    # finds move, e.g. "vae/(decoder|post_quant_conv)/"; empty = all
     config.model = ConfigDict()  # ModelSpec.to_dict(); empty = that of `init`
     config.tokenizer = ""  # empty = that of `init`, else one is trained from the captions
     config.dtype = "float32"  # of the computation; parameters stay float32
@@ -117,13 +119,32 @@ def training_defaults(method: str) -> ConfigDict:
     config.optimizer.weight_decay = 0.01
     config.optimizer.clip_norm = 1.0
 
+    if method in ("clip", "features", "aesthetic"):
+        config.sample_steps = 0  # they make no pictures
+
     # Devices: sizes of the mesh's axes, -1 = what the others leave; see sd_jax/sharding.py
     config.mesh = ConfigDict({"slice": 1, "data": -1, "fsdp": 1, "tensor": 1})
     config.parallelism = "jit"  # or "pmap": plain data parallelism
 
     if method == "autoencoder":
+        config.init_perceptual = (
+            ""  # a run of method "features", or "vgg16.pth,vgg.pth": torchvision's and lpips' files
+        )
         config.autoencoder = ConfigDict({"l1_weight": 1.0, "l2_weight": 1.0, "kl_weight": 1e-6})
-    else:
+        config.autoencoder.perceptual_weight = 0.0  # LPIPS; 1 in Stable Diffusion
+        config.autoencoder.discriminator_weight = 0.0  # PatchGAN; 0.5 in Stable Diffusion
+        config.autoencoder.adaptive_weight = True  # the discriminator's gradient is made as large as the others'
+        config.autoencoder.discriminator_start = 0  # step from which on it plays; 50,000 in Stable Diffusion
+        config.autoencoder.discriminator_learning_rate = 1e-4
+        config.autoencoder.r1_weight = 0.0  # a penalty of the discriminator's gradient at real pictures
+    elif method == "clip":
+        config.init_clip = ""  # any path that load_clip takes, or a run of this method; empty = from nothing
+        config.clip = ConfigDict({"noised": False})  # noised pictures, for guidance; needs `init` with an autoencoder
+    elif method == "aesthetic":
+        config.init_clip = ""  # any path that load_clip takes, or a run of method "clip"
+        config.data.rating_key = "rating"  # the column of the ratings, which are numbers
+        config.aesthetic = ConfigDict({"loss": "ratings"})  # or "pairs": which of two is rated higher
+    elif method == "full":
         config.diffusion = ConfigDict()
         config.diffusion.train_text_encoder = True
         config.diffusion.text_chunks = 1  # of 75 tokens: 3 = captions of up to 225

@@ -13,7 +13,7 @@ import numpy as np
 from sd_jax import sharding
 from sd_jax.diffusion import noise
 from sd_jax.training.context import Context
-from sd_jax.training.methods import Method
+from sd_jax.training.method import Method
 from sd_jax.types import Params
 
 EVAL_STEP = 2**31 - 1  # the "step" that keys the draws; no run gets there

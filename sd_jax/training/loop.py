@@ -127,7 +127,7 @@ def _train(config, workdir, dry_run, started, profile, journal, stages, preempti
     if len(held_out):
         judge = evaluate.make_evaluator(method, context, config.seed, held, gather=step.gather)
 
-    shapes = [setup.batch_shapes(config, model.networks, size) for size in batches.sizes]
+    shapes = [setup.batch_shapes(config, method, model.networks, size) for size in batches.sizes]
     if first_step < config.total_steps:
         with stages("compile"):
             for of_batch in shapes:
@@ -208,7 +208,7 @@ def _train(config, workdir, dry_run, started, profile, journal, stages, preempti
             continue
         if saving:
             if at == config.total_steps and method.finish is not None:
-                model.networks = method.finish(model.networks, step.whole_state(state).ema_model, held)
+                model.networks = method.finish(context, step.whole_state(state).ema_model, held)
             save(at, extra)
         if due(config.sample_steps, at) and not stop:
             with stages("samples"):

@@ -1,5 +1,9 @@
 """The optimiser of a run: AdamW (Loshchilov & Hutter 2019) or Muon, with warm-up, a schedule and clipping by norm."""
 
+import functools
+import operator
+import re
+
 import jax
 import optax
 import optax.contrib
@@ -39,7 +43,23 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     if cfg.name not in _OPTIMIZERS:
         raise ValueError(f"config.optimizer.name={cfg.name!r} is unknown: use {', '.join(_OPTIMIZERS)}")
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
-    return optax.chain(clip, _OPTIMIZERS[cfg.name](cfg, rate))
+    chain = optax.chain(clip, _OPTIMIZERS[cfg.name](cfg, rate))
+    if "autoencoder" in config and config.autoencoder.discriminator_weight:
+        # The networks that play against each other have each their own Adam and their own norm
+        other = optax.adam(config.autoencoder.discriminator_learning_rate, b1=0.5, b2=0.9)
+        own = lambda params: {part: "model" if part != "discriminator" else part for part in params}  # noqa: E731
+        chain = optax.partition({"model": chain, "discriminator": other}, own)
+    if not config.trainable:
+        return chain
+    stays = lambda params: jax.tree.map(operator.not_, moving(config, params))  # noqa: E731
+    return optax.chain(optax.masked(chain, functools.partial(moving, config)), optax.masked(optax.set_to_zero(), stays))
+
+
+def moving(config: ConfigDict, params: Params) -> Params:
+    """Which parameters `config.trainable` names, all where it is empty: a tree of bool."""
+    path = lambda keys: "/".join(key.key for key in keys)  # noqa: E731
+    named = lambda keys, _: re.search(config.trainable, path(keys)) is not None  # noqa: E731
+    return jax.tree_util.tree_map_with_path(named, params)
 
 
 def _adamw(cfg: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:

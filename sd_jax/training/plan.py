@@ -251,7 +251,7 @@ class Program:
 def _compile(config: ConfigDict, networks: Networks, mesh: Mesh, size: tuple[int, int]) -> Program:
     method = method_of(config)
     method.check(config, networks.spec)
-    shapes = setup.batch_shapes(config, networks, size)
+    shapes = setup.batch_shapes(config, method, networks, size)
     abstract = jax.eval_shape(lambda: setup.initial_state(config, method, networks, {}))
     context = Context(networks, config, _empty(shapes))
     flops_per_image = setup.flops_per_image(method, context, abstract, shapes)

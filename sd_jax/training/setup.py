@@ -4,6 +4,7 @@ The loop fills them; `plan.py` compiles them for devices that are not there.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,11 @@ from ml_collections import ConfigDict
 from sd_jax import flops
 from sd_jax.diffusion import noise
 from sd_jax.models.networks import Networks
-from sd_jax.models.presets import PARTS, ModelSpec
+from sd_jax.models.presets import BESIDE, PARTS, ModelSpec
 from sd_jax.training.conditioning import states_of
 from sd_jax.training.context import Context
-from sd_jax.training.methods import Method
-from sd_jax.training.optimizers import make_optimizer
+from sd_jax.training.method import Method
+from sd_jax.training.optimizers import make_optimizer, moving
 from sd_jax.training.state import TrainState, create
 from sd_jax.training.step import MappedStep, train_step
 from sd_jax.types import Params
@@ -35,6 +36,16 @@ def check_batch(config: ConfigDict, mesh: Mesh) -> None:
         )
 
 
+def check_reads(config: ConfigDict, method: Method, spec: ModelSpec) -> None:
+    """Raises ValueError where a config caches what the method reads as it is, or draws what it cannot."""
+    draws = {"unet", "vae"} & set(method.trainable(config, spec))
+    if config.sample_steps and not draws:
+        raise ValueError(f"config.sample_steps: config.method={config.method!r} makes no pictures, set it to 0")
+    for key, what in (("cache_latents", "latents"), ("cache_text", "captions")):
+        if config.data[key] and (what not in method.reads or "latents" not in method.reads):
+            raise ValueError(f"config.data.{key}: config.method={config.method!r} does not read it, set it to False")
+
+
 def cached_parts(config: ConfigDict, spec: ModelSpec) -> tuple[str, ...]:
     """The parts whose answers are computed before training: the step does not read them."""
     return ("vae",) * config.data.cache_latents + tuple(spec.text_encoders) * config.data.cache_text
@@ -46,7 +57,7 @@ def initial_state(config: ConfigDict, method: Method, networks: Networks, loaded
     read = [part for part in method.frozen(config, spec) if part not in cached_parts(config, spec)]
 
     def make(part: str) -> Params:
-        key = jax.random.fold_in(jax.random.key(config.seed), PARTS.index(part))
+        key = jax.random.fold_in(jax.random.key(config.seed), (*PARTS, *BESIDE).index(part))
         return loaded[part] if part in loaded else networks.init(part, key)
 
     trained, frozen = ({part: make(part) for part in parts} for parts in (method.trainable(config, spec), read))
@@ -59,10 +70,22 @@ def make_step(
     mesh: Mesh,
     abstract_state: TrainState,  # of `jax.eval_shape(initial_state)`
 ) -> MappedStep:
+    """Raises ValueError where `config.trainable` names no parameter."""
     config = context.config
+    if config.trainable and not any(jax.tree.leaves(moving(config, abstract_state.params))):
+        parts = ", ".join(abstract_state.params)
+        raise ValueError(f"config.trainable={config.trainable!r} matches no parameter of {parts}, e.g. 'vae/decoder/'")
+
+    def loss(params, batch, keys):
+        if config.trainable:  # what stays has no gradient to be computed
+            trained = {part: params[part] for part in abstract_state.params}
+            held = lambda leaf, moves: leaf if moves else jax.lax.stop_gradient(leaf)  # noqa: E731
+            params = {**params, **jax.tree.map(held, trained, moving(config, trained))}
+        return method.loss(context, params, batch, keys)
+
     step = functools.partial(
         train_step,
-        loss=functools.partial(method.loss, context),
+        loss=loss,
         optimizer=make_optimizer(config),
         ema_decays=tuple(config.ema_decays),
         seed=config.seed,
@@ -71,11 +94,12 @@ def make_step(
     return MappedStep(step, mesh, config.parallelism, abstract_state, config.dtype)
 
 
-def batch_shapes(config: ConfigDict, networks: Networks, size: tuple[int, int]) -> Shapes:
+def batch_shapes(config: ConfigDict, method: Method, networks: Networks, size: tuple[int, int]) -> Shapes:
     """The global batches of pictures of one size (height, width in pixels), by name; as the loader and the loop make
     them. Raises ValueError for a size that the autoencoder does not take."""
     spec, (height, width) = networks.spec, size
-    if height % spec.vae.downscale or width % spec.vae.downscale:
+    uses_vae = "vae" in (*method.trainable(config, spec), *method.frozen(config, spec))
+    if uses_vae and (height % spec.vae.downscale or width % spec.vae.downscale):
         raise ValueError(
             f"pictures of {width}x{height}: the autoencoder takes multiples of {spec.vae.downscale}; change "
             "config.data.resolution or config.data.buckets.step"
@@ -87,16 +111,25 @@ def batch_shapes(config: ConfigDict, networks: Networks, size: tuple[int, int]) 
         shapes["moments"] = shape(h, w, 2 * spec.vae.latent_channels, dtype=np.float32)
     else:
         shapes["pixels"] = shape(height, width, 3, dtype=np.uint8)
-    if config.method == "autoencoder":
+    if "ratings" in method.reads:
+        shapes["rating"] = shape(dtype=np.float32)
+    if "captions" not in method.reads:
         return shapes
-    if spec.num_time_ids:
+    parts = (*method.trainable(config, spec), *method.frozen(config, spec))
+    if "unet" in parts and spec.num_time_ids:
         shapes["time_ids"] = shape(spec.num_time_ids, dtype=np.float32)
-    ids = shape(config.diffusion.text_chunks * spec.positions, dtype=np.int32)
+    ids = shape(num_tokens(config, spec, parts), dtype=np.int32)
     if not config.data.cache_text:
         return {**shapes, "input_ids": ids}
     params = {part: jax.eval_shape(lambda p=part: networks.init(p, jax.random.key(0))) for part in spec.text_encoders}
     context, pooled = jax.eval_shape(functools.partial(states_of, networks, config=config), params, ids)
     return {**shapes, "context": context, **({} if pooled is None else {"pooled": pooled})}
+
+
+def num_tokens(config: ConfigDict, spec: ModelSpec, parts: Sequence[str]) -> int:
+    """Of a caption, as the parts that read captions take it."""
+    chunks = config.diffusion.text_chunks if "diffusion" in config else 1
+    return chunks * min(spec.words_of(part).max_position_embeddings for part in spec.readers(parts))
 
 
 def flops_per_image(method: Method, context: Context, abstract_state: TrainState, shapes: Shapes) -> float:

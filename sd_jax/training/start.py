@@ -8,13 +8,17 @@ from ml_collections import ConfigDict
 
 from sd_jax import distributed
 from sd_jax.checkpoints import CheckpointError
+from sd_jax.checkpoints.beside import open_beside
 from sd_jax.checkpoints.load import open_checkpoint
 from sd_jax.models.networks import Networks
 from sd_jax.models.presets import ModelSpec
 from sd_jax.prompts.chunks import CaptionTokenizer
 from sd_jax.prompts.tokenize import Tokenizer, load_tokenizer, train_tokenizer
-from sd_jax.training.methods import Method
+from sd_jax.training import setup
+from sd_jax.training.method import Method
 from sd_jax.types import Params
+
+_POSITIONS = "max_position_embeddings"
 
 logger = getLogger(__name__)
 
@@ -28,7 +32,7 @@ class Model:
     frozen: tuple[str, ...]  # parts that it reads besides
     loaded: dict[str, Params]  # not read yet; parts that are not here are made fresh
     tokenizer: Tokenizer | None
-    text_chunks: int = 1  # of a caption
+    num_tokens: int = 0  # of a caption
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -40,10 +44,12 @@ class Model:
         return self.networks.spec.num_time_ids if "unet" in self.parts else 0
 
     def caption_tokenizer(self) -> CaptionTokenizer | None:
-        """Captions -> int32 [batch, text_chunks * positions], for the data loader; long ones are counted and logged."""
+        """Captions -> int32 [batch, num_tokens], for the data loader; long ones are counted and logged."""
         if self.tokenizer is None:
             return None
-        return CaptionTokenizer(self.tokenizer, self.networks.spec.positions, self.text_chunks)
+        readers = [self.networks.spec.words_of(part) for part in self.networks.spec.readers(self.parts)]
+        positions = min(words.max_position_embeddings for words in readers)
+        return CaptionTokenizer(self.tokenizer, positions, self.num_tokens // positions)
 
     def meta(self, step: int) -> dict:
         """What a checkpoint says of itself, beside its arrays."""
@@ -68,13 +74,17 @@ def build_model(
     if loaded is None and not config.model:
         raise ValueError("config.model and config.init are both empty: name a checkpoint or describe a model")
     spec = _with_clip_skip(ModelSpec.from_dict(config.model.to_dict()) if config.model else loaded.spec, config)
+    beside = {part: open_beside(part, path) for part, path in _paths_beside(config).items() if path}
+    spec = dataclasses.replace(spec, **{part: opened.config for part, opened in beside.items()})
+    method.check(config, spec)
     trained, frozen = method.trainable(config, spec), method.frozen(config, spec)
     parts = trained + frozen
     there = {} if loaded is None else _chosen(loaded.params, config)
+    there |= {part: opened.params for part, opened in beside.items()}
     params = {part: there[part] for part in parts if part in there}
-    for part in params:
+    for part in params.keys() - beside.keys():
         spec = _take_spec(spec, _with_clip_skip(loaded.spec, config), part, config.init)
-    method.check(config, spec)
+    setup.check_reads(config, method, spec)
     missing = [part for part in frozen if part not in params]
     if missing:
         raise ValueError(
@@ -91,23 +101,32 @@ def build_model(
             f"reads {spec.unet.in_channels} (for inpainting, depth or upscaling): choose another checkpoint"
         )
 
-    tokenizer = None
-    readers = [part for part in spec.text_encoders if part in parts]
+    tokenizer, num_tokens = None, 0
+    readers = spec.readers(parts) if "captions" in method.reads else ()
     if readers:
         made = not any(part in params for part in readers) and not config.tokenizer
-        tokenizer = _tokenizer(config, spec, loaded, made, workdir, captions, dry_run)
+        sources = [opened.tokenizer for opened in beside.values() if opened.tokenizer]
+        if loaded is not None and loaded.tokenizer:
+            sources.append(loaded.tokenizer)
+        tokenizer = _tokenizer(config, spec, readers, sources, made, workdir, captions, dry_run)
         if tokenizer is not None and made:
             ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-            text = {
-                p: dataclasses.replace(c, vocab_size=tokenizer.vocab_size, **ids) for p, c in spec.text_encoders.items()
-            }
-            spec = dataclasses.replace(spec, **text)
+            for part in readers:
+                spec = spec.with_vocabulary(part, vocab_size=tokenizer.vocab_size, **ids)
         if tokenizer is not None:
             for part in readers:
-                tokenizer.check(getattr(spec, part))
-            tokenizer.pad_as(next(iter(spec.text_encoders.values())))
-    networks, chunks = Networks.of(spec, config.dtype, config.remat), config.diffusion.text_chunks if readers else 1
-    return Model(networks, trained, frozen, params, tokenizer, chunks)
+                tokenizer.check(spec.words_of(part))
+            tokenizer.pad_as(spec.words_of(readers[0]))
+        num_tokens = setup.num_tokens(config, spec, parts)
+    networks = Networks.of(spec, config.dtype, config.remat)
+    return Model(networks, trained, frozen, params, tokenizer, num_tokens)
+
+
+def _paths_beside(config: ConfigDict) -> dict[str, str]:
+    """Of what no checkpoint for pictures has; see checkpoints/beside.py."""
+    if config.method == "autoencoder":
+        return {"perceptual": config.init_perceptual}
+    return {"clip": config.init_clip} if config.method in ("clip", "aesthetic") else {}
 
 
 def _with_clip_skip(spec: ModelSpec, config: ConfigDict) -> ModelSpec:
@@ -151,21 +170,22 @@ def _take_spec(spec: ModelSpec, loaded: ModelSpec, part: str, path: str) -> Mode
     return dataclasses.replace(spec, **{part: got})
 
 
-def _tokenizer(config, spec, loaded, made, workdir, captions, dry_run) -> Tokenizer | None:
+def _tokenizer(config, spec, readers, sources, made, workdir, captions, dry_run) -> Tokenizer | None:
     """The tokenizer of the run, kept in workdir/tokenizer so that samples and exports find it.
 
     Of several processes the first one writes it, and all read what it wrote: ids must not differ.
     """
     kept = None if workdir is None else workdir / "tokenizer"
     there = kept is not None and kept.exists()
-    published = config.tokenizer or (loaded.tokenizer if loaded else None)
+    published = config.tokenizer or next(iter(sources), None)
     if dry_run and not there:
         return None if made else load_tokenizer(published)
     if not dry_run:
         if distributed.is_first() and not there:
             if made:
-                most = min(text.vocab_size for text in spec.text_encoders.values())
-                train_tokenizer(captions(), kept, most, spec.positions)
+                words = [spec.words_of(part) for part in readers]
+                most, positions = (min(getattr(w, key) for w in words) for key in ("vocab_size", _POSITIONS))
+                train_tokenizer(captions(), kept, most, positions)
             else:
                 load_tokenizer(published).save(kept)
         distributed.barrier("tokenizer")

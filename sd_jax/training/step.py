@@ -42,7 +42,7 @@ def train_step(
 
     def of_params(params, micro_batch):
         keys = noise.example_keys(jax.random.key(seed), state.step, micro_batch["slot"])
-        return loss(gather({**state.frozen, **params}), micro_batch, keys)
+        return loss(gather({**state.frozen, **params}), {**micro_batch, "step": state.step}, keys)
 
     def accumulate(total, micro_batch):
         (value, metrics), grads = jax.value_and_grad(of_params, has_aux=True)(state.params, micro_batch)

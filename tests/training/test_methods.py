@@ -291,7 +291,10 @@ def test_scaling_factor_gives_unit_variance():
     pixels[4:] //= 4
     networks = Networks.of(tiny_xl.SD1)._replace(vae=Linear())
     batches = [{"pixels": pixels[:4]}, {"pixels": pixels[4:]}]
-    after = METHODS["autoencoder"].finish(networks, {"vae": jnp.float32(0.7)}, batches)
+    context = Context(networks, training_defaults("autoencoder"), None)
+    after = METHODS["autoencoder"].finish(context, {"vae": jnp.float32(0.7)}, batches)
     z = 0.7 * (pixels[..., 0].astype(np.float64) / 127.5 - 1) + 3
     np.testing.assert_allclose(after.spec.vae.scaling_factor, 1 / z.std(), rtol=2e-6)
     assert after.spec == dataclasses.replace(tiny_xl.SD1, vae=after.spec.vae)
+    context.config.trainable = "vae/(decoder|post_quant_conv)/"
+    assert METHODS["autoencoder"].finish(context, {"vae": jnp.float32(0.7)}, batches) is networks
