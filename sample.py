@@ -5,6 +5,7 @@ what is not given has the field's default, or the model's own.
 
     --init_image=PICTURE [--mask=PICTURE]        start from a picture; redraw it where the mask is white
     --refiner=PATH [--refiner_switch=0.8]        another model walks the last steps, as SDXL's refiner does
+    --clip=PATH --clip_guidance_scale=0.5        a CLIP guides, best one that was trained on noised pictures
     --recipe=PICTURE                             make that picture again; other flags win over its recipe
     --grid="sampler=euler,heun;steps=10,20"      a picture for each combination, and OUT/grid.png in place of the sheet
     --prompts_file=FILE --batch_size=8           a picture for each line, eight at a time
@@ -30,6 +31,7 @@ LOADING = {
     "config": "The .yaml that describes a single file; none = that beside it.",
     "prediction_type": "What the U-Net predicts: epsilon, v_prediction, ...; none = what the checkpoint says.",
     "refiner": "Another checkpoint, which walks the last steps.",
+    "clip": "A CLIP, which guides as far as clip_guidance_scale says.",
 }
 INPUTS = {
     "mask": "White where the picture is redrawn; of its size.",

@@ -104,6 +104,7 @@ class Recipe:
     apg_eta: float | None = None
     apg_norm_threshold: float | None = None
     apg_momentum: float | None = None
+    clip_guidance_scale: float | None = None  # with a CLIP: how far along its gradient; text_to_image
 
     # Noise, of `diffusion.noise_sources`
     noise_source: str = "threefry"  # or torch_cpu, nv: that of other programs

@@ -28,8 +28,14 @@ is the part along D_c that saturates colours:
 Without momentum and limit and with eta = 1 this is Eq. 1. ComfyUI's APG node adds `scale` times the difference to D_c,
 not scale - 1 times, so it is this at cfg = scale - 1; and so is, on predictions of x0, AdaptiveProjectedGuidance of
 diffusers with use_original_formulation=True. (Without it diffusers adds to D_u, and loses what eta keeps of D_c - D_u.)
+
+Guidance by a classifier that knows noise, Dhariwal & Nichol 2021 (arXiv 2105.05233), Algorithm 2, goes up the gradient
+of what it says of the noisy x; with CLIP's similarity as log p it is Nichol et al. 2021 (arXiv 2112.10741), Eq. 8:
+
+    D' = D + scale sigma^2 grad_x log p(c | x, sigma)                                                       (6)
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -120,6 +126,22 @@ def guided(
         if weights is not None:
             return on_both(x, sigma, scale)
         return jax.lax.cond(within.any(), on_both, on_cond, x, sigma, scale)
+
+    return guided_denoise
+
+
+def by_gradient(
+    denoise: Denoise,
+    log_likelihood: Callable[[Array, Array], Float[Array, " batch"]],  # (x, sigma [batch]) -> log p(c | x, sigma)
+    scale: Number,
+) -> Denoise:
+    """Eq. 6, on top of any other guidance. Each picture's likelihood must hang on its own x alone."""
+
+    def guided_denoise(x: Float[Array, "batch *dims"], sigma: Float[Array, "..."]) -> Array:
+        x = x.astype(state_dtype(x.dtype))
+        sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
+        gradient = jax.grad(lambda x: log_likelihood(x, sigma).sum())(x)
+        return denoise(x, sigma) + _number(scale, x) * along_batch(sigma, x) ** 2 * gradient
 
     return guided_denoise
 

@@ -17,6 +17,7 @@ from sd_jax import media
 from sd_jax.diffusion import samplers
 from sd_jax.prompts.encode import encode_prompts
 from sd_jax.sampling import grid, hires_fix, image_to_image, inpaint
+from sd_jax.sampling.clip import load_clip
 from sd_jax.sampling.pipeline import BUNDLED, Pipeline, job_of, load
 from sd_jax.sampling.preview import LatentPreview
 from sd_jax.sampling.recipe import (
@@ -36,7 +37,7 @@ logger = getLogger(__name__)
 
 # Fields of an Origin: what `load` takes; and the paths of weights, of which it has the hashes
 LOADING = ("checkpoint", "dtype", "tokenizer", "vae", "weights", "config", "prediction_type", "text_encoder")
-WEIGHTS = ("checkpoint", "vae", "text_encoder", "refiner")
+WEIGHTS = ("checkpoint", "vae", "text_encoder", "refiner", "clip")
 INPUTS = {"image": "--init_image", "mask": "--mask", "depth": "--depth"}
 SECONDS_BETWEEN_PREVIEWS = 0.5
 
@@ -46,7 +47,7 @@ class Order:
     """A command, as it was given."""
 
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the Recipe, those that were given
-    loading: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of LOADING, and refiner, likewise
+    loading: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of LOADING, refiner and clip, likewise
     image: str | None = None  # what it starts from, the mask, and the map of depth
     mask: str | None = None
     depth: str | None = None
@@ -93,6 +94,7 @@ def carry_out(order: Order) -> Iterator[pathlib.Path]:
     if loading["refiner"] is not None:
         weights = loading["weights"].partition(":")[0]  # of which average is for the model alone
         refiner = load(loading["refiner"], weights=weights, **{name: loading[name] for name in ("dtype", "tokenizer")})
+    clip = load_clip(loading["clip"], loading["dtype"]) if loading["clip"] is not None else None
 
     # What is made at once
     if axes:
@@ -103,7 +105,7 @@ def carry_out(order: Order) -> Iterator[pathlib.Path]:
         work, more = [_again(recipe, told.batch)], {"batch": told.batch}
     else:
         work, more = [_Batch(recipe, range(recipe.batch_size))], {}
-    steps = sum(pipe.steps_of(batch.recipe, image, mask, depth, refiner) for batch in work)
+    steps = sum(pipe.steps_of(batch.recipe, image, mask, depth, refiner, clip) for batch in work)
     origin = _origin(loading, {"image": image, "mask": mask, "depth": depth})
     _tell_differences(order, told, origin)
 
@@ -111,7 +113,7 @@ def carry_out(order: Order) -> Iterator[pathlib.Path]:
     made: dict[int, tuple[media.Picture, Recipe]] = {}
     with _Progress(pipe, steps, order) as progress:
         for batch in work:
-            images = pipe.make(batch.recipe, image, mask, progress, batch.prompts, depth, refiner)
+            images = pipe.make(batch.recipe, image, mask, progress, batch.prompts, depth, refiner, clip)
             size = images.shape[2], images.shape[1]
             origin = dataclasses.replace(origin, job=job_of(batch.recipe, image, mask))
             whole = {"size": len(images)} | ({"prompts": list(batch.prompts)} if batch.prompts else {})
@@ -173,7 +175,7 @@ def _loading(order: Order, told: Record) -> dict[str, Any]:
     if order.recipe and told.origin is None and "checkpoint" not in order.loading:
         model = f"{told.model or 'an unnamed model'} (hash {told.model_hash or 'unknown'})"
         raise ValueError(f"{order.recipe} was made by another program with {model}: give it as --checkpoint=PATH")
-    names = (*LOADING, "refiner")
+    names = (*LOADING, "refiner", "clip")
     defaults = {field.name: field.default for field in dataclasses.fields(Origin) if field.name in names}
     recorded = {} if told.origin is None else {name: getattr(told.origin, name) for name in names}
     return {**defaults, **recorded, **order.loading}

@@ -28,13 +28,16 @@ from sd_jax import sharding
 from sd_jax.diffusion import guidance, noise, noise_sources, samplers, schedules
 from sd_jax.diffusion.denoiser import make_denoiser
 from sd_jax.diffusion.inpainting import within_mask
+from sd_jax.diffusion.predictions import along_batch, prediction
 from sd_jax.diffusion.samplers_ode import SamplerOptions
+from sd_jax.models.clip import CLIP
 from sd_jax.models.networks import Networks
 from sd_jax.sampling.conditioning import Rows, Told, of_call, tell
 from sd_jax.sampling.tiles import tiled_denoiser
 from sd_jax.types import AnyArray, Conditioning, Latents, Params, Recipe
 
 if TYPE_CHECKING:
+    from sd_jax.sampling.clip import Clip
     from sd_jax.sampling.pipeline import Pipeline
 
 
@@ -67,6 +70,7 @@ def denoise(
     given: Given,
     callback: Callable | None = None,
     refiner: "Pipeline | None" = None,  # takes over at the recipe's refiner_switch
+    clip: "Clip | None" = None,  # guides, as far as the recipe's clip_guidance_scale says
 ) -> Latents:
     """Latents of the pictures, float32. Raises ValueError, naming the field, for what cannot be made."""
     if recipe.batch_size < 1:
@@ -130,6 +134,7 @@ def denoise(
         mask=None if start.mask is None else _for_each(start.mask, batch, "mask"),
         blind_from=None if start.mask is None else np.float32(ladder.sigmas[begin] if start.from_noise else np.inf),
         concat=None if start.concat is None else _for_each(start.concat, batch, "image"),
+        clip=None if clip is None else _clip(pipe, clip, prompt, batch, recipe),
     )
     for model, heard, first, last in zip(models, told, turns[:-1], turns[1:], strict=True):
         walk = functools.partial(
@@ -139,6 +144,7 @@ def denoise(
             networks=model.networks,
             sampler=recipe.sampler,
             tile=_tile(pipe, recipe),
+            clip=None if clip is None else clip.network,
         )
         if callback is None:
             carry = walk(carry, np.int32(first), np.int32(last)) if first < last else carry
@@ -271,6 +277,12 @@ def _guidance(recipe: Recipe, sigmas) -> guidance.Guidance:
     )
 
 
+def _clip(pipe, clip, prompt, batch, recipe) -> "_Clip":
+    texts = jnp.asarray(clip.encode_texts([prompt] if isinstance(prompt, str) else prompt))
+    texts = jnp.repeat(texts, batch // len(texts), axis=0)
+    return _Clip(clip.params, pipe._part("vae"), texts, _number(recipe.clip_guidance_scale))
+
+
 def _number(value):
     return None if value is None else np.float32(value)
 
@@ -311,6 +323,13 @@ class _Shown(NamedTuple):
     concat: Any
 
 
+class _Clip(NamedTuple):
+    params: Params
+    vae: Params
+    texts: Float[Array, "batch width"]
+    scale: Any
+
+
 class _Run(NamedTuple):
     """What stays the same; all of it traced."""
 
@@ -326,6 +345,7 @@ class _Run(NamedTuple):
     mask: Any
     blind_from: Any  # with a mask: the sigma from which up the model sees nothing of the picture
     concat: Any
+    clip: _Clip | None
 
 
 # A program of its own: so the same noise, given by hand, makes the same picture to the bit
@@ -343,9 +363,18 @@ def _begin(latents, clean, ladder, begin, from_noise, *, sampler, momentum):
     return _Carry(state, jnp.zeros((), jnp.int32), jnp.zeros_like(x) if momentum else None)
 
 
-@functools.partial(sharding.jit, static_argnames=("networks", "sampler", "tile"))
+@functools.partial(sharding.jit, static_argnames=("networks", "sampler", "tile", "clip"))
 def _walk(
-    params: Params, run: _Run, carry: _Carry, first, last, *, networks: Networks, sampler: str, tile: int | None
+    params: Params,
+    run: _Run,
+    carry: _Carry,
+    first,
+    last,
+    *,
+    networks: Networks,
+    sampler: str,
+    tile: int | None,
+    clip: CLIP | None,
 ) -> _Carry:
     """Steps first to last - 1. Only shapes, the sampler and which options are given compile anew."""
     call = jax.new_ref(carry.call)
@@ -374,6 +403,8 @@ def _walk(
         guide = run.guidance._replace(scale=np.float32(1)) if told_scale else run.guidance
         rescale_in = networks.spec.noise_schedule.prediction_type
         bound = guidance.guided(model, positive, negative, guide, rescale_in, momentum, weights)
+    if clip is not None:
+        bound = guidance.by_gradient(bound, functools.partial(_likeness, networks, clip, run.clip), run.clip.scale)
     if run.mask is not None:
         bound = within_mask(bound, run.clean, run.noise, run.mask, run.blind_from)
 
@@ -387,6 +418,15 @@ def _walk(
     )
     state = jax.lax.fori_loop(first, last, walk.step, carry.sampler)
     return _Carry(state, call[...], None if momentum is None else momentum[...])
+
+
+def _likeness(networks: Networks, clip: CLIP, guide: _Clip, x, sigma) -> Float[Array, " batch"]:
+    """How near the prompts CLIP finds the noisy pictures, as log p of guidance: its logits."""
+    c_in = prediction(networks.spec.noise_schedule.prediction_type).c_in
+    latents = along_batch(c_in(sigma), x) * x / networks.spec.vae.scaling_factor
+    image = networks.vae.apply({"params": guide.vae}, latents, method="decode")
+    features = clip.encode_picture(guide.params, image)
+    return jnp.exp(guide.params["logit_scale"]) * jnp.sum(features * guide.texts, axis=-1)
 
 
 @sharding.jit

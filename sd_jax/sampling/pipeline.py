@@ -24,6 +24,7 @@ from sd_jax.names import hint
 from sd_jax.prompts.encode import encode_texts
 from sd_jax.prompts.tokenize import Tokenizer, load_tokenizer
 from sd_jax.sampling import hires_fix, image_to_image, inpaint, text_to_image
+from sd_jax.sampling.clip import Clip
 from sd_jax.sampling.conditioning import refuse_untold, time_ids
 from sd_jax.sampling.denoising import Given, Start, check_finite, count_walked
 from sd_jax.sampling.tiles import choose_tile, decode_tiled, encode_tiled, free_memory
@@ -37,6 +38,7 @@ JOBS_OF_FIELD = {
     **dict.fromkeys(("only_masked", "padding", "extend"), ("inpaint",)),
     **dict.fromkeys(("scale", "second_steps", "upscaler"), ("hires_fix",)),
     "refiner_switch": ("text_to_image",),
+    "clip_guidance_scale": ("text_to_image",),
 }
 # What a job needs where a checkpoint lacks it
 _MENDS = {
@@ -209,12 +211,15 @@ class Pipeline:
         output: str = "images",
         callback: Callable | None = None,
         refiner: "Pipeline | None" = None,  # another model of the same latents, which walks the last steps
-        **recipe,  # of them, with a refiner: refiner_switch
+        clip: Clip | None = None,  # of `load_clip`, which guides
+        **recipe,  # of them, with a refiner: refiner_switch; with a clip: clip_guidance_scale
     ) -> np.ndarray:
         """Pictures of a prompt."""
         made = self._recipe("text_to_image", output, recipe, refiner)
+        if (clip is None) != (made.clip_guidance_scale is None):
+            raise ValueError("clip= guides as far as clip_guidance_scale= says: give both or neither")
         given = _given(latents, noise, conditioning, negative_conditioning)
-        return text_to_image.text_to_image(self, prompt, made, given, output, callback, refiner)
+        return text_to_image.text_to_image(self, prompt, made, given, output, callback, refiner, clip)
 
     def image_to_image(
         self,
@@ -286,13 +291,14 @@ class Pipeline:
         prompts: Sequence[str] | None = None,  # one batch of several, in place of the recipe's
         depth: Any = None,
         refiner: "Pipeline | None" = None,
+        clip: Clip | None = None,
     ) -> np.ndarray:
         """The pictures of a recipe, by the job that it and what is given with it mean (`job_of`).
 
         Raises ValueError for an input that this job has no use for.
         """
-        job = job_of(recipe, image, mask, depth, refiner)
-        inputs = {"image": image, "mask": mask, "depth": depth, "refiner": refiner}
+        job = job_of(recipe, image, mask, depth, refiner, clip)
+        inputs = {"image": image, "mask": mask, "depth": depth, "refiner": refiner, "clip": clip}
         inputs = {name: value for name, value in inputs.items() if value is not None}
         fields = _fields(recipe) | ({} if prompts is None else {"prompt": prompts})
         return getattr(self, job)(callback=callback, **inputs, **fields)
@@ -304,9 +310,10 @@ class Pipeline:
         mask: Any = None,
         depth: Any = None,
         refiner: "Pipeline | None" = None,
+        clip: Clip | None = None,
     ) -> int:
         """How many steps `make` takes: as often as it calls its callback."""
-        job = job_of(recipe, image, mask, depth, refiner)
+        job = job_of(recipe, image, mask, depth, refiner, clip)
         recipe = self._recipe(job, "images", _fields(recipe), refiner)
         if job == "hires_fix":
             return hires_fix.count_both(self, recipe)
@@ -352,6 +359,8 @@ class Pipeline:
         return None if format == "single_file" else self.tokenizer
 
     def _part(self, name: str) -> Params:
+        if name == "vae" and name not in self.spec.parts:
+            return {}
         if name not in self._params:
             raise ValueError(f"this checkpoint has no {name}: {_MENDS[name]}")
         if name not in self._on_device:
@@ -360,7 +369,9 @@ class Pipeline:
         return self._params[name]
 
 
-def job_of(recipe: Recipe, image: Any = None, mask: Any = None, depth: Any = None, refiner: Any = None) -> str:
+def job_of(
+    recipe: Recipe, image: Any = None, mask: Any = None, depth: Any = None, refiner: Any = None, clip: Any = None
+) -> str:
     """The name of the job that a recipe means, with or without pictures that it starts from.
 
     Raises ValueError for an input that this job has no use for.
@@ -371,7 +382,8 @@ def job_of(recipe: Recipe, image: Any = None, mask: Any = None, depth: Any = Non
         job = "text_to_image" if recipe.scale is None else "hires_fix"
     else:
         job = "image_to_image" if mask is None and recipe.extend is None else "inpaint"
-    for name, given, owner in (("depth", depth, "image_to_image"), ("refiner", refiner, "text_to_image")):
+    owners = {"depth": "image_to_image", "refiner": "text_to_image", "clip": "text_to_image"}
+    for (name, owner), given in zip(owners.items(), (depth, refiner, clip), strict=True):
         if given is not None and job != owner:
             raise ValueError(f"{name} is for {owner}, not for {job}: leave it out")
     return job

@@ -114,6 +114,8 @@ class Origin:
     text_encoder_hash: str | None = None
     refiner: str | None = None  # another checkpoint, which walked the last steps
     refiner_hash: str | None = None
+    clip: str | None = None  # which guided
+    clip_hash: str | None = None
     adapters: list = dataclasses.field(default_factory=list)
     image: dict[str, str] | None = None  # {"path", "sha256"} of what it was made from, and of the mask
     mask: dict[str, str] | None = None

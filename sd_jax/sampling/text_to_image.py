@@ -1,4 +1,4 @@
-"""Text to image: latents from noise alone, decoded. On the way a refiner may take over.
+"""Text to image: latents from noise alone, decoded. On the way a CLIP may guide, and a refiner take over.
 
 Distilled models are made for few steps, each on a ladder of its own: SDXL Turbo and Lightning for schedule="trailing"
 (with euler_ancestral and euler) and guidance_scale=1, models of LCM for sampler="lcm", schedule="lcm".
@@ -11,16 +11,24 @@ import numpy as np
 from sd_jax.sampling.denoising import Start, denoise
 
 if TYPE_CHECKING:
+    from sd_jax.sampling.clip import Clip
     from sd_jax.sampling.pipeline import Pipeline
     from sd_jax.types import Recipe
 
 
 def text_to_image(
-    pipe: "Pipeline", prompt, recipe: "Recipe", given, output: str, callback, refiner: "Pipeline | None" = None
+    pipe: "Pipeline",
+    prompt,
+    recipe: "Recipe",
+    given,
+    output: str,
+    callback,
+    refiner: "Pipeline | None" = None,
+    clip: "Clip | None" = None,
 ) -> np.ndarray:
     """The job behind `Pipeline.text_to_image`, whose docstring says what the arguments are."""
     start = Start(latent_size(pipe.spec, recipe))
-    return pipe.finish(denoise(pipe, prompt, recipe, start, given, callback, refiner), output)
+    return pipe.finish(denoise(pipe, prompt, recipe, start, given, callback, refiner, clip), output)
 
 
 def latent_size(spec, recipe: "Recipe") -> tuple[int, int]:

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sd_jax.diffusion.denoiser import ConditionedDenoise
-from sd_jax.models.presets import TinyVAEConfig, VAEConfig
+from sd_jax.models.presets import AutoencoderConfig, TinyVAEConfig
 from sd_jax.types import Image, Latents, Pixels
 
 
@@ -119,7 +119,7 @@ TILES = (256, 192, 128, 96, 64, 32)  # latents; the larger, the nearer to the wh
 
 
 def choose_tile(
-    vae: VAEConfig | TinyVAEConfig,
+    vae: AutoencoderConfig,
     height: int,  # of the picture, in pixels
     width: int,
     batch: int,
@@ -139,7 +139,7 @@ def choose_tile(
     return TILES[-1]
 
 
-def peak_bytes(vae: VAEConfig | TinyVAEConfig, height: int, width: int) -> int:
+def peak_bytes(vae: AutoencoderConfig, height: int, width: int) -> int:
     """About what decoding or encoding a picture takes besides parameters, picture and latents.
 
     The widest array is what the decoder enlarges last: all the pixels, in the channels of the second level. Of it there

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sd_jax.diffusion.denoiser import state_dtype
-from sd_jax.diffusion.guidance import Guidance, classifier_free, guided, interval_of_steps
+from sd_jax.diffusion.guidance import Guidance, by_gradient, classifier_free, guided, interval_of_steps
 from sd_jax.diffusion.noise import image_keys
 from sd_jax.diffusion.predictions import from_x0
 from sd_jax.diffusion.samplers import sample
@@ -259,3 +259,22 @@ def test_parts_of_a_prompt_add_up():
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
     one = guided(denoise, COND, UNCOND, FULL, memory=zeros(X), weights=jnp.ones((3, 1)))(X, SIGMA)
     np.testing.assert_allclose(one, answer(FULL), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1.0, np.array([0.0, 1.0, 2.0], np.float32)])
+def test_a_gradient_leads_to_what_is_known_of_the_condition(scale):
+    """x0 ~ N(0, a^2), x = x0 + sigma n, and c = x0 + b n' is seen: at scale 1, D' = E[x0 | x, c] in closed form."""
+    a, b = 0.8, 0.3
+    sigma = SIGMA[:, None, None, None]
+
+    def plain(x, sigma):
+        return x * a**2 / (a**2 + sigma[:, None, None, None] ** 2)
+
+    def log_likelihood(x, sigma):
+        mean, variance = plain(x, sigma), a**2 * sigma**2 / (a**2 + sigma**2) + b**2
+        return -0.5 * jnp.sum((COND - mean) ** 2, AXES) / variance
+
+    found = by_gradient(plain, log_likelihood, scale)(X, SIGMA)
+    known = (X / sigma**2 + COND / b**2) / (1 / a**2 + 1 / sigma**2 + 1 / b**2)
+    share = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (3,))[:, None, None, None]
+    np.testing.assert_allclose(found, plain(X, SIGMA) + share * (known - plain(X, SIGMA)), rtol=1e-4, atol=1e-5)
