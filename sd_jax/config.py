@@ -127,9 +127,7 @@ def training_defaults(method: str) -> ConfigDict:
     config.parallelism = "jit"  # or "pmap": plain data parallelism
 
     if method == "autoencoder":
-        config.init_perceptual = (
-            ""  # a run of method "features", or "vgg16.pth,vgg.pth": torchvision's and lpips' files
-        )
+        config.init_perceptual = ""  # a run of method "features", or two files: torchvision's vgg16 and lpips'
         config.autoencoder = ConfigDict({"l1_weight": 1.0, "l2_weight": 1.0, "kl_weight": 1e-6})
         config.autoencoder.perceptual_weight = 0.0  # LPIPS; 1 in Stable Diffusion
         config.autoencoder.discriminator_weight = 0.0  # PatchGAN; 0.5 in Stable Diffusion

@@ -72,11 +72,11 @@ class BadFiles:
 class Loader:
     """An endless iterator of this process' batches; `sizes` are the (height, width) that its pictures come in.
 
-    A batch is {"pixels": uint8 [b, h, w, 3], "input_ids": int32 [b, tokens], "index": int64 [b]}, with "rating"
-    (float32 [b]) where `config.data.rating_key` names its column; where latents are
+    A batch is {"pixels": uint8 [b, h, w, 3], "input_ids": int32 [b, tokens], "index": int64 [b]}; where latents are
     cached "moments" (float32 [b, h/f, w/f, 2c]) stands for pixels, where text is cached "context" [b, tokens, width]
     and, if there is any, "pooled" [b, width] stand for ids, without a tokenizer there are none, and a model that reads
-    them has "time_ids" as well (float32 [b, numbers], see `transforms.time_ids`).
+    them has "time_ids" as well (float32 [b, numbers], see `transforms.time_ids`). Where `config.data.rating_key` names
+    a column, "rating" is what it says (float32 [b]).
     """
 
     def __init__(

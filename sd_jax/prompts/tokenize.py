@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Int32
 
-from sd_jax.models.presets import CLIPTextConfig
+from sd_jax.models.presets import CLIPTextConfig, FeaturesConfig
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 DEFAULT = "openai/clip-vit-large-patch14"  # the tokenizer of Stable Diffusion 1.x
@@ -88,8 +88,8 @@ class Tokenizer:
             token -= 1
         return text[encoding.offsets[token][0] :].strip()
 
-    def check(self, config: CLIPTextConfig) -> None:
-        """Raises ValueError where an id has no row in the embedding of the text encoder `config`."""
+    def check(self, config: CLIPTextConfig | FeaturesConfig) -> None:
+        """Raises ValueError where an id has no row in what reads it, `config`."""
         highest = max(self._hf.get_vocab().values())
         if highest >= config.vocab_size:
             raise ValueError(
@@ -97,7 +97,7 @@ class Tokenizer:
                 f"{config.vocab_size}: they do not belong together; {_MEND}"
             )
 
-    def pad_as(self, config: CLIPTextConfig) -> None:
+    def pad_as(self, config: CLIPTextConfig | FeaturesConfig) -> None:
         """Pads as the text encoder wants it: CLIP's and OpenCLIP's tokenizers differ in nothing but their padding."""
         if config.pad_token_id < self.vocab_size:
             self.pad_token_id = config.pad_token_id

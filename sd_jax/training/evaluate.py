@@ -14,7 +14,7 @@ from sd_jax import sharding
 from sd_jax.diffusion import noise
 from sd_jax.training.context import Context
 from sd_jax.training.method import Method
-from sd_jax.types import Params
+from sd_jax.types import AnyArray, Params
 
 EVAL_STEP = 2**31 - 1  # the "step" that keys the draws; no run gets there
 
@@ -23,8 +23,8 @@ def make_evaluator(
     method: Method,
     context: Context,
     seed: int,
-    batches: Sequence[dict[str, np.ndarray]],  # this process' share of each
-    place: Callable[[dict[str, np.ndarray]], Any] = lambda batch: batch,  # -> the global batch, on the devices
+    batches: Sequence[dict[str, AnyArray]],  # the global ones, or with `place` this process' share of each
+    place: Callable[[dict[str, AnyArray]], Any] = lambda batch: batch,  # -> the global batch, on the devices
     gather: Callable[[Params], Params] = lambda params: params,  # from where parameters lie to where they are used
     jit: Callable = sharding.jit,
 ) -> Callable[[Params], dict[str, float]]:
