@@ -3,7 +3,7 @@
     python train.py --config=configs/pixels.py --workdir=runs/pixels
 
 Shapes world at 32x32, one object. `model.vae` is `IdentityConfig`; all else is as in configs/demo.py:text_to_image,
-with a level more in the U-Net to see the whole picture.
+with a level more in the U-Net to see the whole picture. What it reaches has not been measured yet.
 """
 
 import dataclasses
