@@ -33,7 +33,7 @@ help:
 demo: $(INSTALLED)
 	$(RUN) train.py --config=configs/demo.py:autoencoder --workdir=$(DEMO)/autoencoder
 	$(RUN) train.py --config=configs/demo.py:text_to_image --workdir=$(DEMO)/text_to_image
-	$(RUN) -m sd_jax.evals --checkpoint=$(DEMO)/text_to_image --out=$(DEMO) \
+	$(RUN) -m sd_jax.evals --checkpoint=$(DEMO)/text_to_image --out=$(DEMO) --two_objects=0 \
 		--stages=$(DEMO)/autoencoder,$(DEMO)/text_to_image
 
 test: $(INSTALLED)

@@ -2,10 +2,10 @@
 
     python train.py --config=configs/demo.py:autoencoder --workdir=runs/demo/autoencoder
     python train.py --config=configs/demo.py:text_to_image --workdir=runs/demo/text_to_image
-    python -m sd_jax.evals --checkpoint=runs/demo/text_to_image --out=runs/demo \
+    python -m sd_jax.evals --checkpoint=runs/demo/text_to_image --out=runs/demo --two_objects=0 \
         --stages=runs/demo/autoencoder,runs/demo/text_to_image
 
-(`make demo` is these three.) Pictures of 32x32 with one object. Cost: 8.5 minutes on two idle cores. Result: shape 97
+(`make demo` is these three.) Pictures of 32x32 with one object. Cost: 6 to 9 minutes on two cores. Result: shape 97
 to 99 % seen and held out (of several versions of the code, which round differently), every other attribute as much or
 more. The bundled model draws 64x64, and two objects as well; it took 50 minutes on cores busy with other work, and its
 result is sd_jax/assets/shapes_64/report.json:
