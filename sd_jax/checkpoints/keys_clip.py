@@ -10,7 +10,6 @@ Read besides, never written: buffers of positions, and a logit_scale of one dime
 from collections.abc import Mapping
 
 from sd_jax.checkpoints import keys_diffusers, layout
-from sd_jax.checkpoints.errors import CheckpointError, listing
 from sd_jax.checkpoints.tensors import Tensor
 from sd_jax.models.presets import CLIPConfig, CLIPTextConfig
 
@@ -62,14 +61,14 @@ def from_transformers(tensors: Mapping[str, Tensor], config: CLIPConfig, where: 
     scale = tensors.get("logit_scale")
     if scale is not None and scale.shape == (1,):
         tensors["logit_scale"] = scale.reshape()
-    _check(tensors, config, where)
+    layout.check_shapes(shapes(config), tensors, "CLIP", where)
     return {our_name(name, tensor.ndim): _our_layout(name, tensor) for name, tensor in tensors.items()}
 
 
 def to_transformers(tensors: Mapping[str, Tensor], config: CLIPConfig, where: str) -> dict[str, Tensor]:
     """The inverse, as strict."""
     theirs = {their_name(name): _their_layout(name, tensor) for name, tensor in tensors.items()}
-    _check(theirs, config, where)
+    layout.check_shapes(shapes(config), theirs, "CLIP", where)
     return theirs
 
 
@@ -91,16 +90,3 @@ def _their_layout(name, tensor):
     if tensor.ndim == 4:
         return tensor.transpose(3, 2, 0, 1)
     return tensor.transpose(1, 0) if tensor.ndim == 2 and name.endswith("/kernel") else tensor
-
-
-def _check(tensors: Mapping[str, Tensor], config: CLIPConfig, where: str) -> None:
-    wanted = shapes(config)
-    problems = [f"{name} is missing" for name in wanted if name not in tensors]
-    problems += [f"{name} is unexpected" for name in tensors if name not in wanted]
-    problems += [
-        f"{name} is {tensors[name].shape}, not {shape}"
-        for name, shape in wanted.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if problems:
-        raise CheckpointError(f"{where}: not the CLIP of its config: {listing(problems)}")

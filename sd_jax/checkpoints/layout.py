@@ -168,7 +168,11 @@ LAYOUTS: dict[str, Callable[..., Shapes]] = {
 
 def check(part: str, tensors: Mapping[str, Tensor], config: Config, where: str) -> None:
     """Raises CheckpointError listing what is missing, unexpected or of another shape."""
-    wanted = LAYOUTS[part](config)
+    check_shapes(LAYOUTS[part](config), tensors, NAMES[part], where)
+
+
+def check_shapes(wanted: Shapes, tensors: Mapping[str, Tensor], name_of_part: str, where: str) -> None:
+    """`check` of any network whose tensors are known."""
     problems = [f"{name} is missing" for name in wanted if name not in tensors]
     problems += [f"{name} is unexpected" for name in tensors if name not in wanted]
     problems += [
@@ -177,7 +181,7 @@ def check(part: str, tensors: Mapping[str, Tensor], config: Config, where: str) 
         if name in tensors and tensors[name].shape != shape
     ]
     if problems:
-        raise CheckpointError(f"{where}: not the {NAMES[part]} of its config: {listing(problems)}")
+        raise CheckpointError(f"{where}: not the {name_of_part} of its config: {listing(problems)}")
 
 
 # Layers

@@ -17,14 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sd_jax import sharding
-from sd_jax.checkpoints import aesthetic as aesthetic_files
-from sd_jax.checkpoints import detect
 from sd_jax.checkpoints.beside import open_beside
 from sd_jax.checkpoints.place import place
 from sd_jax.data.cache import hash_weights
 from sd_jax.data.clip_pixels import square
 from sd_jax.data.stages import Scorer
-from sd_jax.models.aesthetic import AestheticConfig, AestheticHead
+from sd_jax.models.aesthetic import AestheticHead
 from sd_jax.models.clip import CLIP
 from sd_jax.prompts.tokenize import load_tokenizer
 from sd_jax.types import Params
@@ -46,7 +44,7 @@ def clip_scorer(
     params = {"clip": place(opened.params, jnp.float32, where=clip)}
     head = None
     if aesthetic:
-        config, params["aesthetic"] = _open_head(aesthetic)
+        config, params["aesthetic"], _ = open_beside("aesthetic", aesthetic)
         if config.width != opened.config.projection_dim:
             raise ValueError(
                 f"--aesthetic={aesthetic} reads features of {config.width} numbers, those of --clip={clip} have "
@@ -67,14 +65,6 @@ def clip_scorer(
         return found | {"similarity": [value if caption else None for caption, value in said]}
 
     return Scorer(f"clip {name}", columns_of, functools.partial(square, size=size))
-
-
-def _open_head(path: str) -> tuple[AestheticConfig, Params]:
-    if detect.native_location(path) is None:
-        config, params = aesthetic_files.load(path)
-        return config, params["params"]
-    opened = open_beside("aesthetic", path)
-    return opened.config, opened.params
 
 
 def _scores(network: CLIP, head: AestheticHead | None, params: Params, squares, ids) -> dict[str, jax.Array]:

@@ -1,12 +1,12 @@
-"""How well pictures fit their captions, by CLIP's features of both: the score, and the best of several candidates.
+"""How well pictures fit their captions, by CLIP's features of both.
 
     CLIP score = 100 max(cos(picture, caption), 0)                                                               (Eq. 1)
 
-Hessel et al. 2021, with the factor in common use (theirs is 2.5). Re-ranking: as DALL-E did (Ramesh et al. 2021).
+Hessel et al. 2021, with the factor in common use (theirs is 2.5). Re-ranking is `sampling.clip.Clip.best_of`.
 """
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 
 def clip_score(
@@ -18,22 +18,6 @@ def clip_score(
     Raises ValueError for features that are not of norm 1.
     """
     return 100.0 * np.maximum(np.einsum("pw,pw->p", _unit(image_features), _unit(text_features)), 0.0)
-
-
-def best_of(
-    image_features: Float[np.ndarray, "prompts candidates width"],
-    text_features: Float[np.ndarray, "prompts width"],
-    keep: int = 1,
-) -> Int[np.ndarray, "prompts keep"]:
-    """The indices of the `keep` candidates nearest each prompt, best first; of equal ones the first.
-
-    Raises ValueError for features that are not of norm 1, or a `keep` outside 1..candidates.
-    """
-    candidates = image_features.shape[1]
-    if not 1 <= keep <= candidates:
-        raise ValueError(f"keep={keep} is not within 1..{candidates}, the number of candidates")
-    similarity = np.einsum("pcw,pw->pc", _unit(image_features), _unit(text_features))
-    return np.argsort(-similarity, axis=1, kind="stable")[:, :keep]
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from sd_jax.checkpoints import aesthetic, detect
 from sd_jax.checkpoints.beside import open_beside
 from sd_jax.checkpoints.judges import load_inception
 from sd_jax.checkpoints.place import place
@@ -93,11 +92,7 @@ def open_clip(path: str, batch_size: int, tokenizer: str = "") -> TextAndPicture
 
 def open_aesthetic(path: str, batch_size: int) -> Network:
     """A CLIP's features of pictures -> scores. `path`: LAION's files, or a run of method "aesthetic"."""
-    if detect.native_location(path) is None:
-        config, variables = aesthetic.load(path)
-        params = variables["params"]
-    else:
-        config, params, _ = open_beside("aesthetic", path)
+    config, params, _ = open_beside("aesthetic", path)
     head = AestheticHead(config)
     run = mapped(lambda params, features: head.apply({"params": params}, features), params, batch_size)
     return Network(f"aesthetic head {name_of(path)}", run)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sd_jax.evals.clip_score import best_of, clip_score
+from sd_jax.evals.clip_score import clip_score
 
 
 def at(*degrees):
@@ -20,18 +20,7 @@ def test_features_in_half_precision_are_normalised_to_all_digits():
     np.testing.assert_allclose(found, [50, 50], atol=1e-4)
 
 
-def test_best_candidates_of_each_prompt():
-    candidates = np.stack([at(80, 10, -20, 40), at(0, 180, 85, 85)])
-    prompts = at(0, 90)
-    np.testing.assert_array_equal(best_of(candidates, prompts), [[1], [2]])
-    np.testing.assert_array_equal(best_of(candidates, prompts, keep=4), [[1, 2, 3, 0], [2, 3, 0, 1]])
-    with pytest.raises(ValueError, match=r"keep=5 is not within 1\.\.4"):
-        best_of(candidates, prompts, keep=5)
-
-
 @pytest.mark.parametrize("factor", [2.0, 0.0, np.nan])
 def test_features_of_another_norm_are_refused(factor):
     with pytest.raises(ValueError, match="divide each by its norm"):
         clip_score(at(0, 10) * np.float32(factor), at(0, 10))
-    with pytest.raises(ValueError, match="divide each by its norm"):
-        best_of(at(0, 10)[None], at(0) * np.float32(factor))
