@@ -3,9 +3,10 @@
 Writes OUT/00000.png, 00001.png, ..., each carrying its recipe, and OUT/sheet.png. A flag for every field of a recipe;
 what is not given has the field's default, or the model's own.
 
-    --init_image=PICTURE [--mask=PICTURE]        start from a picture; redraw it where the mask is white
+    --init_image=PICTURE [--mask=PICTURE]        start from a picture; redraw it where a mask is white, or enlarge it
     --refiner=PATH [--refiner_switch=0.8]        another model walks the last steps, as SDXL's refiner does
     --clip=PATH --clip_guidance_scale=0.5        a CLIP guides, best one that was trained on noised pictures
+    --clip=PATH --best_of=8                      of eight candidates each, that which a CLIP finds nearest the prompt
     --recipe=PICTURE                             make that picture again; other flags win over its recipe
     --grid="sampler=euler,heun;steps=10,20"      a picture for each combination, and OUT/grid.png in place of the sheet
     --prompts_file=FILE --batch_size=8           a picture for each line, eight at a time
@@ -31,7 +32,7 @@ LOADING = {
     "config": "The .yaml that describes a single file; none = that beside it.",
     "prediction_type": "What the U-Net predicts: epsilon, v_prediction, ...; none = what the checkpoint says.",
     "refiner": "Another checkpoint, which walks the last steps.",
-    "clip": "A CLIP, which guides as far as clip_guidance_scale says.",
+    "clip": "A CLIP, which guides as far as clip_guidance_scale says, or chooses as best_of says.",
 }
 INPUTS = {
     "mask": "White where the picture is redrawn; of its size.",
@@ -42,6 +43,7 @@ INPUTS = {
 }
 for name, text in (LOADING | {"init_image": "The picture to start from."} | INPUTS).items():
     flags.DEFINE_string(name, {"dtype": "float32", "weights": "ema"}.get(name), text)
+flags.DEFINE_integer("best_of", None, "Candidates for each picture, of which the CLIP keeps the nearest to its prompt.")
 flags.DEFINE_string("out", "samples", "The folder that pictures are written to.")
 flags.DEFINE_enum("format", "png", FORMATS, "Of the pictures.")
 flags.DEFINE_bool("previews", False, "Whether OUT/preview.png shows what is being made.")
@@ -67,7 +69,7 @@ def main(argv: list[str]) -> None:
 
     try:
         fields = {name: read_value(name, str(value)) for name, value in given(FIELDS).items()}
-        files = {"image": options.init_image, "out": pathlib.Path(options.out)} | given(INPUTS)
+        files = {"image": options.init_image, "out": pathlib.Path(options.out)} | given((*INPUTS, "best_of"))
         for path in carry_out(Order(fields, given(LOADING), format=options.format, previews=options.previews, **files)):
             print(path)
     except (ValueError, OSError, FloatingPointError) as error:

@@ -1,9 +1,9 @@
 """Trains what a config describes: python train.py --config=configs/NAME.py[:arg=value,...] --workdir=DIR.
 
 The same command resumes; a run that was asked to stop (SIGTERM) has saved itself and ends with status 75. Flags:
-
     --config.key=value      changes one key
     --dry_run               prints what would be trained and trains nothing
+    --precompute            fills the run's caches, of latents and text states, and trains nothing
     --plan=v5e:16x16        compiles the step for chips that are not there: memory, speed, cost (also cpu:8)
     --profile=100:5         writes a trace of five steps from step 100 on into workdir/profile
     --coordinator_address=HOST:PORT --num_processes=N --process_id=I: one of several, where no launcher tells it
@@ -22,6 +22,7 @@ from ml_collections import config_flags  # noqa: E402
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, e.g. configs/demo.py:autoencoder.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes, and resumes from. Made if it is not there.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config, parameters and bytes of state, then end.")
+PRECOMPUTE = flags.DEFINE_bool("precompute", False, "Fill the caches of config.data.cache_*, then end.")
 PLAN = flags.DEFINE_string("plan", None, "Compile for this topology and print what it takes, e.g. v5e:4x4 or cpu:8.")
 PRICE = flags.DEFINE_float("price", None, "Of --plan: dollars for an hour of one chip; without it the list price.")
 PROFILE = flags.DEFINE_string("profile", None, "FIRST:COUNT, the steps to trace.")
@@ -49,7 +50,6 @@ def _run() -> int:
         from sd_jax.training import plan
 
         return plan.plan(CONFIG.value, PLAN.value, price=PRICE.value)
-
     from sd_jax import distributed
 
     distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, LOCAL_DEVICE_IDS.value)
@@ -58,7 +58,7 @@ def _run() -> int:
 
     workdir = None if WORKDIR.value is None else pathlib.Path(WORKDIR.value).absolute()
     try:
-        train(CONFIG.value, workdir, DRY_RUN.value, STARTED, _steps(PROFILE.value))
+        train(CONFIG.value, workdir, DRY_RUN.value, STARTED, _steps(PROFILE.value), PRECOMPUTE.value)
     except Preempted:
         return EXIT_CODE
     except Exception as error:

@@ -41,7 +41,8 @@ def training_defaults(method: str) -> ConfigDict:
 
     The result is locked: a key that is not here, misspelt perhaps, raises AttributeError.
 
-    `config.diffusion` exists for methods that train on noised latents, `config.autoencoder` for the autoencoder.
+    `config.diffusion` exists for methods that train on noised latents, `config.autoencoder` for the autoencoder,
+    `config.super_resolution` for the method that makes pictures larger.
     """
     config = ConfigDict()
     config.method = method  # a row of sd_jax/training/methods.py
@@ -142,7 +143,7 @@ def training_defaults(method: str) -> ConfigDict:
         config.init_clip = ""  # any path that load_clip takes, or a run of method "clip"
         config.data.rating_key = "rating"  # the column of the ratings, which are numbers
         config.aesthetic = ConfigDict({"loss": "ratings"})  # or "pairs": which of two is rated higher
-    elif method == "full":
+    elif method in ("full", "super_resolution"):
         config.diffusion = ConfigDict()
         config.diffusion.train_text_encoder = True
         config.diffusion.text_chunks = 1  # of 75 tokens: 3 = captions of up to 225
@@ -157,11 +158,15 @@ def training_defaults(method: str) -> ConfigDict:
         config.diffusion.input_perturbation = 0.0  # noise beyond what the network is to predict
         config.diffusion.eval_bins = 4  # of timesteps, each with a held-out loss of its own
         config.samples = ConfigDict()  # the grid that is drawn while training
-        config.samples.prompts = ("a red circle", "a blue square")
+        if method == "full":
+            config.samples.prompts = ("a red circle", "a blue square")
         config.samples.sampler = "dpmpp_2m"
         config.samples.schedule = "normal"
         config.samples.steps = 20
         config.samples.guidance_scale = 5.0
+    if method == "super_resolution":
+        config.super_resolution = ConfigDict({"factor": 4})  # the small picture is so much smaller,
+        config.super_resolution.max_noise_level = 350  # and noised at a level below this, of 1000
     return config.lock()
 
 

@@ -104,7 +104,8 @@ class Recipe:
     apg_eta: float | None = None
     apg_norm_threshold: float | None = None
     apg_momentum: float | None = None
-    clip_guidance_scale: float | None = None  # with a CLIP: how far along its gradient; text_to_image
+    clip_guidance_scale: float | None = None  # with a CLIP: how far along its gradient,
+    clip_guidance_clamp: float | None = None  # at most so far a call, as a root mean square over the latents
 
     # Noise, of `diffusion.noise_sources`
     noise_source: str = "threefry"  # or torch_cpu, nv: that of other programs
@@ -121,6 +122,7 @@ class Recipe:
     scale: float | None = None  # hires_fix: how much larger the second pass is; 2
     second_steps: int | None = None  # hires_fix: None = steps
     upscaler: str = "bislerp"  # hires_fix: nearest, bilinear, bicubic or bislerp on latents, lanczos on the picture
+    noise_level: int | None = None  # upscale: timesteps of noise that the small picture gets, 0 to 350; 20
     tile: int | None = None  # pixels: denoise in overlapping tiles of this size; None = the whole at once
 
     def to_dict(self) -> dict:

@@ -54,7 +54,7 @@ def load_clip(
 
 def open_clip(
     path: str | os.PathLike,
-    config: CLIPConfig | None = None,  # of a single file that does not tell it; None = what it tells
+    config: CLIPConfig | None = None,  # of a single file that does not tell it; None = what it tells, else LAION's kind
 ) -> OpenedCLIP:
     """A CLIP in any of the forms above. Where a folder is both transformers' and OpenCLIP's, transformers' is read.
 

@@ -3,15 +3,17 @@
 Strict, as `config_json`. With the network comes how pictures are normalised for it (preprocessor_config.json,
 `preprocess_cfg`); what `data/clip_pixels.py` does not do is an error, not a difference.
 
-A state dict alone tells all but two things. Heads: 64 channels wide, but 80, 88 and 104 in the vision towers of
-OpenCLIP's H, g and bigG. Activation: quick_gelu where the file is OpenAI's, which shows by three numbers that their
-archives carry, or by its types (float16 matrices beside float32 norms). Others are ambiguous: LAION's B/32, B/16 and
-L/14 (gelu) have the shapes of OpenAI's, and MetaCLIP's and DFN's (quick_gelu) those of LAION's H and bigG.
+A state dict alone tells all but three things. Heads: 64 channels wide, but 80, 88, 104 and 112 in the vision towers of
+OpenCLIP's H, g, bigG and e. Activation: quick_gelu where the file is OpenAI's, which shows by three numbers that their
+archives carry, or by its types (float16 matrices beside float32 norms); of others gelu, as LAION's have it. That is
+wrong of the few with quick_gelu (MetaCLIP's, DFN's, LAION-400M's B/32), which are built alike, so it is logged.
+Normalisation of pictures: OpenAI's, which is wrong of the few that were trained with another.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping
+from logging import getLogger
 from typing import Any
 
 from sd_jax.checkpoints import config_json
@@ -23,6 +25,8 @@ from sd_jax.models.clip import INITIAL_LOGIT_SCALE
 from sd_jax.models.presets import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
 _ACTIVATIONS = ("quick_gelu", "gelu")
+
+logger = getLogger(__name__)
 
 # transformers
 
@@ -211,13 +215,13 @@ def _ratio(config: CLIPTextConfig | CLIPVisionConfig) -> float:
 
 # Shapes
 
-_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}  # of OpenCLIP's vision towers by their width; else 64
+_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # of OpenCLIP's vision towers by their width; else 64
 
 
 def from_shapes(tensors: Mapping[str, Tensor], file: Mapping[str, Tensor], where: str) -> CLIPConfig:
     """`tensors` by OpenAI's names, as `keys_openai_clip.modern` leaves them; `file`: all that there was.
 
-    Raises CheckpointError where the shapes are none of a CLIP, or leave open which it is.
+    Raises CheckpointError where the shapes are none of a CLIP.
     """
 
     def shape(name, ndim):
@@ -241,14 +245,16 @@ def from_shapes(tensors: Mapping[str, Tensor], file: Mapping[str, Tensor], where
             )
     matrix, norm = tensors.get(f"{layer}0.mlp.c_fc.weight"), tensors.get(f"{layer}0.ln_1.weight")
     half = matrix is not None and norm is not None and (str(matrix.dtype), str(norm.dtype)) == ("float16", "float32")
-    if not half and not any(name in file for name in OPENAI_NUMBERS):
-        raise CheckpointError(
-            f"{where}: it does not say whether its activation is quick_gelu (OpenAI's, MetaCLIP's, DFN's) or gelu "
-            "(LAION's): give its config, as one of sd_jax.models.families.CLIPS with the hidden_act of both towers"
+    act = _ACTIVATIONS[0 if half or any(name in file for name in OPENAI_NUMBERS) else 1]
+    if act == "gelu":
+        logger.warning(
+            "%s: it does not say its activation, gelu is taken, as LAION's have it: of one with quick_gelu (MetaCLIP, "
+            "DFN) keep the whole folder, with open_clip_config.json",
+            where,
         )
     grid = math.isqrt(max(shape("visual.positional_embedding", 2)[0] - 1, 0))
     return _assembled(
-        _ACTIVATIONS[0],
+        act,
         embed_dim=shape("text_projection", 2)[1],
         vision=(vision_width, shape(f"{vision_layer}0.mlp.c_fc.weight", 2)[0], count(vision_layer)),
         vision_heads=vision_width // head_width,

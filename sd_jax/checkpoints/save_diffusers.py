@@ -14,8 +14,8 @@ from sd_jax.checkpoints import config_json, tokenizer_files
 from sd_jax.checkpoints.errors import CheckpointError
 from sd_jax.checkpoints.read_safetensors import write
 from sd_jax.checkpoints.tensors import Tensor
+from sd_jax.diffusion import low_resolution
 from sd_jax.models.presets import CLIPTextConfig, ModelSpec
-from sd_jax.types import NoiseScheduleConfig
 
 _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 _ABSENT = [None, None]
@@ -97,7 +97,7 @@ def index_of(spec: ModelSpec) -> dict[str, Any]:
     if unet.num_class_embeds is not None:
         return index | {
             "_class_name": "StableDiffusionUpscalePipeline",
-            "max_noise_level": min(350, unet.num_class_embeds - 1),
+            "max_noise_level": low_resolution.highest_level(unet.num_class_embeds),
             "safety_checker": _ABSENT,
             "watermarker": _ABSENT,
         }
@@ -114,7 +114,7 @@ def index_of(spec: ModelSpec) -> dict[str, Any]:
 def _schedulers(spec: ModelSpec) -> dict[str, dict[str, Any]]:
     schedulers = {"scheduler": config_json.noise_schedule_to_json(spec.noise_schedule)}
     if spec.unet.num_class_embeds is not None:  # the noise that the x4 upscaler's small picture gets
-        noise = config_json.noise_schedule_to_json(NoiseScheduleConfig(beta_start=0.0001, beta_end=0.02))
+        noise = config_json.noise_schedule_to_json(low_resolution.SCHEDULE)
         schedulers["low_res_scheduler"] = {**noise, "_class_name": "DDPMScheduler", "clip_sample": True}
     return schedulers
 

@@ -13,17 +13,20 @@ FrozenClipImageEmbedder): they squash the whole picture to a square in float, wi
 (kornia, corners aligned), by default without antialiasing. So their features are others than these.
 
 Sources: openai/CLIP `clip/clip.py` (_transform), mlfoundations/open_clip `src/open_clip/transform.py`, transformers
-`models/clip/image_processing_pil_clip.py`.
+`models/clip/image_processing_pil_clip.py`. Nothing here imports JAX: it runs in the processes that decode.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from sd_jax.media import Picture
-from sd_jax.models.presets import CLIPConfig
+
+if TYPE_CHECKING:
+    from sd_jax.models.presets import CLIPConfig
 
 CUTS = ("openai", "transformers")
 _LONGEST = 64  # times the shorter side: of longer strips only the part that is cut out is resampled
@@ -31,7 +34,7 @@ _LONGEST = 64  # times the shorter side: of longer strips only the part that is 
 
 def preprocess(
     pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]],
-    config: CLIPConfig,  # image_size, image_mean, image_std
+    config: "CLIPConfig",  # image_size, image_mean, image_std
     cut: str = "openai",  # one of CUTS
 ) -> Float32[np.ndarray, "batch size size 3"]:
     """Pictures of any sizes -> a batch for `CLIP.encode_image`.

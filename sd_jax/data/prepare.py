@@ -10,8 +10,9 @@ Several machines share the work by --shard_index and --num_shards (of a Slurm ar
 report. Or --executor=ray does (`prepare_ray`), on the cluster that RAY_ADDRESS names.
 
 config.data.path=DIR trains on what comes out. Its latents and text states hang on more than pictures (sizes, the
-model, the captions drawn), so training makes them, once, in its cache: config.data.cache_latents and .cache_text, kept
-beside the shards with config.data.cache_dir=DIR/cache.
+model, the captions drawn), so they are the step after this one: training makes them, once, in its cache
+(config.data.cache_latents and .cache_text, kept beside the shards with config.data.cache_dir=DIR/cache), or
+`python train.py --precompute` with the same config does before it, on a machine or several that need not train.
 """
 
 import functools

@@ -32,9 +32,13 @@ diffusers with use_original_formulation=True. (Without it diffusers adds to D_u,
 Guidance by a classifier that knows noise, Dhariwal & Nichol 2021 (arXiv 2105.05233), Algorithm 2, goes up the gradient
 of what it says of the noisy x; with CLIP's similarity as log p it is Nichol et al. 2021 (arXiv 2112.10741), Eq. 8:
 
-    D' = D + scale sigma^2 grad_x log p(c | x, sigma)                                                       (6)
+    g = scale sigma^2 grad_x log p(c | x, sigma),    D' = D + g min(1, clamp / rms(g))                      (6)
+
+The clamp is not theirs: what such a network says where there is mostly noise is worth little, and Eq. 6 makes most of
+it there. Programs that are guided by CLIP have one (clamp_max of Disco Diffusion, there in its own units).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -134,6 +138,7 @@ def by_gradient(
     denoise: Denoise,
     log_likelihood: Callable[[Array, Array], Float[Array, " batch"]],  # (x, sigma [batch]) -> log p(c | x, sigma)
     scale: Number,
+    clamp: Number = np.inf,  # the most that the root mean square over a picture may be
 ) -> Denoise:
     """Eq. 6, on top of any other guidance. Each picture's likelihood must hang on its own x alone."""
 
@@ -141,7 +146,9 @@ def by_gradient(
         x = x.astype(state_dtype(x.dtype))
         sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
         gradient = jax.grad(lambda x: log_likelihood(x, sigma).sum())(x)
-        return denoise(x, sigma) + _number(scale, x) * along_batch(sigma, x) ** 2 * gradient
+        step = _number(scale, x) * along_batch(sigma, x) ** 2 * gradient
+        rms = _length(step) / math.sqrt(math.prod(x.shape[1:]))
+        return denoise(x, sigma) + step * jnp.minimum(1, _number(clamp, x) / rms)
 
     return guided_denoise
 

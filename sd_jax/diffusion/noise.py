@@ -3,7 +3,8 @@
 An image has one threefry key; its draws are numbered, and draw d is keyed by fold_in(key, d). So image i of a batch
 does not depend on the batch's size, on its neighbours, on how the batch lies on devices, or on how often others draw.
 
-    sampling   image i of a batch has the key of seed + i; draw 0 is the starting noise, draw 1 + k belongs to step k
+    sampling   image i of a batch has the key of seed + i; draw 0 is the starting noise, draw 1 + k belongs to step k,
+               SMALL_PICTURE is the noise of the small picture that is enlarged
     training   example i of the global batch has the key (run key, step, i); the caller names its draws
 """
 
@@ -14,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 STARTING_NOISE = 0  # the draw's number
+SMALL_PICTURE = 2**31 - 1  # another's; no step gets there
 
 
 def image_keys(seed: int, batch_size: int) -> Key[Array, " batch"]:

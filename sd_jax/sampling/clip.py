@@ -1,6 +1,6 @@
 """A loaded CLIP: what it finds in pictures and texts, which picture fits a text best, and a guide for sampling.
 
-What `sd_jax.load_clip` returns. `Pipeline.text_to_image(clip=...)` goes up the gradient of its similarity
+What `sd_jax.load_clip` returns. The jobs of a Pipeline, given `clip=`, go up the gradient of its similarity
 (`diffusion/guidance.py`, Eq. 6), for which a CLIP of noised pictures is best (`training/contrastive.py`).
 """
 
@@ -27,7 +27,10 @@ def load_clip(
     dtype: str = "float32",  # of computation
     tokenizer: str | None = None,  # a folder or hub name; None = the checkpoint's own, else CLIP's from the hub
 ) -> "Clip":
-    """Raises FileNotFoundError or CheckpointError, naming the file and the mend."""
+    """A state dict that is neither OpenAI's nor says what it is, is taken for LAION's (`checkpoints/clip_config.py`).
+
+    Raises FileNotFoundError or CheckpointError, naming the file and the mend.
+    """
     sharding.keep_compilations()
     opened = open_beside("clip", path)
     return Clip(opened.config, place(opened.params, jnp.float32, where=path), tokenizer or opened.tokenizer, dtype)
@@ -66,6 +69,14 @@ class Clip:
         ids = self.tokenizer(texts, self.config.text_config.max_position_embeddings)
         return np.asarray(_encode_text(self.network, self.params, ids))
 
+    def scores(
+        self,
+        images: UInt8[np.ndarray, "batch height width 3"],
+        texts: Sequence[str],  # one for all, or one for each
+    ) -> Float[np.ndarray, " batch"]:
+        """The cosine of each picture and its text."""
+        return (self.encode_images(images) * self.encode_texts(texts)).sum(axis=-1)
+
     def best_of(
         self,
         images: UInt8[np.ndarray, "candidates height width 3"],
@@ -78,8 +89,7 @@ class Clip:
         """
         if not 1 <= keep <= len(images):
             raise ValueError(f"keep={keep} is not within 1..{len(images)}, the number of candidates")
-        nearness = self.encode_images(images) @ self.encode_texts([text])[0]
-        return np.argsort(-nearness, kind="stable")[:keep]
+        return np.argsort(-self.scores(images, [text]), kind="stable")[:keep]
 
 
 _encode_picture = sharding.jit(lambda network, params, image: network.encode_picture(params, image), static_argnums=0)

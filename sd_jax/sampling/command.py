@@ -5,7 +5,7 @@ import itertools
 import pathlib
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from logging import getLogger
 from typing import Any
 
@@ -16,8 +16,8 @@ from tqdm import tqdm
 from sd_jax import media
 from sd_jax.diffusion import samplers
 from sd_jax.prompts.encode import encode_prompts
-from sd_jax.sampling import grid, hires_fix, image_to_image, inpaint
-from sd_jax.sampling.clip import load_clip
+from sd_jax.sampling import grid, hires_fix, image_to_image, inpaint, upscale
+from sd_jax.sampling.clip import Clip, load_clip
 from sd_jax.sampling.pipeline import BUNDLED, Pipeline, job_of, load
 from sd_jax.sampling.preview import LatentPreview
 from sd_jax.sampling.recipe import (
@@ -54,6 +54,7 @@ class Order:
     recipe: str | None = None  # a picture to make again; what is given above wins over what it says
     grid: str | None = None  # see grid.py
     prompts_file: str | None = None
+    best_of: int | None = None  # candidates for each picture, see `_best_of`
     out: pathlib.Path = pathlib.Path("samples")
     format: str = "png"  # of the pictures, one of media.FORMATS
     previews: bool = False  # whether out/preview.png shows what is being made
@@ -87,6 +88,11 @@ def carry_out(order: Order) -> Iterator[pathlib.Path]:
     if order.recipe and told.origin is None and recipe.strength and recipe.scale is None and image is None:
         raise ValueError(f"{order.recipe} was made from a picture that it does not name: give it as --init_image=")
     loading = _loading(order, told)
+    best_of = told.best_of if order.best_of is None else order.best_of
+    if best_of is not None and best_of < 1:
+        raise ValueError(f"--best_of={best_of}: at least 1 is needed")
+    if best_of is not None and loading["clip"] is None:
+        raise ValueError(f"--best_of={best_of} needs a CLIP that chooses: give it as --clip=PATH")
     texts_from = _paths(loading, "text_encoder")
     several = {"text_encoder": texts_from} if len(texts_from) > 1 else {}
     pipe = load(loading["checkpoint"], **{name: loading[name] for name in LOADING[1:]} | several)
@@ -105,25 +111,34 @@ def carry_out(order: Order) -> Iterator[pathlib.Path]:
         work, more = [_again(recipe, told.batch)], {"batch": told.batch}
     else:
         work, more = [_Batch(recipe, range(recipe.batch_size))], {}
-    steps = sum(pipe.steps_of(batch.recipe, image, mask, depth, refiner, clip) for batch in work)
+    more |= {} if best_of is None else {"best_of": best_of}
+    guides = [None if best_of and batch.recipe.clip_guidance_scale is None else clip for batch in work]
+    each = zip(work, guides, strict=True)
+    steps = sum(pipe.steps_of(batch.recipe, image, mask, depth, refiner, guide) for batch, guide in each)
     origin = _origin(loading, {"image": image, "mask": mask, "depth": depth})
     _tell_differences(order, told, origin)
 
     # Pictures
     made: dict[int, tuple[media.Picture, Recipe]] = {}
-    with _Progress(pipe, steps, order) as progress:
-        for batch in work:
-            images = pipe.make(batch.recipe, image, mask, progress, batch.prompts, depth, refiner, clip)
+    with _Progress(pipe, steps * (best_of or 1), order) as progress:
+        for batch, guide in zip(work, guides, strict=True):
+            inputs = image, mask, progress, batch.prompts, depth, refiner, guide
+            make = lambda recipe, inputs=inputs: pipe.make(recipe, *inputs)  # noqa: E731
+            images, recipes, scores = _best_of(make, batch, clip, best_of, len(prompts) or len(batch.numbers))
             size = images.shape[2], images.shape[1]
-            origin = dataclasses.replace(origin, job=job_of(batch.recipe, image, mask))
+            origin = dataclasses.replace(origin, job=job_of(batch.recipe, image, mask, spec=pipe.spec))
+            by = origin if guide is clip else dataclasses.replace(origin, clip=None, clip_hash=None)
             whole = {"size": len(images)} | ({"prompts": list(batch.prompts)} if batch.prompts else {})
             for i, number in enumerate(batch.numbers):
                 if number is not None:
-                    own = own_recipe(batch.recipe, i, batch.prompts[i] if batch.prompts else None)
+                    own = own_recipe(recipes[i], i, batch.prompts[i] if batch.prompts else None)
                     own = _resolved(pipe, own, origin.job, size)
-                    text = texts(own, origin, size, batch={**whole, "index": i} if len(images) > 1 else None)
+                    place = {"batch": {**whole, "index": i} if len(images) > 1 else None}
+                    if scores is not None:
+                        score = {"candidates": best_of, "score": float(scores[i]), "clip_hash": origin.clip_hash}
+                        place["chosen"] = score
                     made[number] = images[i], own
-                    yield _write(order.out / f"{number:05d}.{order.format}", images[i], text)
+                    yield _write(order.out / f"{number:05d}.{order.format}", images[i], texts(own, by, size, **place))
 
     # All together: A1111's text of the first, and our recipe of them all
     pixels, owns = zip(*(made[number] for number in sorted(made)), strict=True)
@@ -237,6 +252,32 @@ def _again(recipe: Recipe, batch: Mapping[str, Any]) -> _Batch:
     return _Batch(whole_recipe(recipe, dict(batch)), numbers, batch.get("prompts"))
 
 
+def _best_of(
+    make: Callable[[Recipe], np.ndarray],
+    batch: _Batch,
+    clip: Clip | None,
+    count: int | None,  # candidates of each picture, made in as many rounds; None = the first is taken
+    stride: int,  # as many as pictures are asked for, so that no seed is drawn twice
+) -> tuple[np.ndarray, list[Recipe], np.ndarray | None]:
+    """At each place of the batch the picture nearest its prompt, the recipe of its round, and how near it is.
+
+    Candidate j of a picture is what the same command makes without candidates, from a seed j * stride further.
+    """
+    images = make(batch.recipe)
+    recipes = [batch.recipe] * len(images)
+    if count is None:
+        return images, recipes, None
+    prompts = batch.prompts or [batch.recipe.prompt]
+    images, scores = np.array(images), np.array(clip.scores(images, prompts))
+    for number in range(1, count):
+        recipe = dataclasses.replace(own_recipe(batch.recipe, number * stride), batch_size=batch.recipe.batch_size)
+        candidates = make(recipe)
+        found = clip.scores(candidates, prompts)
+        for i in np.flatnonzero(found > scores):
+            images[i], recipes[i], scores[i] = candidates[i], recipe, found[i]
+    return images, recipes, scores
+
+
 def _shape_of(pipe: Pipeline, recipe: Recipe, prompt: str) -> tuple[int, int, bool]:
     """What of a prompt compiles anew: tokens, parts, and whether it is one part of weight 1."""
     calls = samplers.sampler_named(recipe.sampler).calls * recipe.steps
@@ -260,6 +301,8 @@ def _resolved(pipe: Pipeline, recipe: Recipe, job: str, size: tuple[int, int]) -
     """
     strengths = {module.__name__.split(".")[-1]: module.STRENGTH for module in (image_to_image, inpaint, hires_fix)}
     changes = {"strength": strengths[job]} if job in strengths and recipe.strength is None else {}
+    if job == "upscale" and recipe.noise_level is None:
+        changes["noise_level"] = upscale.NOISE_LEVEL
     if job == "hires_fix":
         height, width = latent_size(pipe.spec, recipe)
         size = width * pipe.spec.vae.downscale, height * pipe.spec.vae.downscale

@@ -41,6 +41,7 @@ class Rows(NamedTuple):
     texts: Int[AnyArray, "rows calls"]  # which of the table
     time_ids: Float[AnyArray, "rows numbers"] | None
     guidance_scale: Float[AnyArray, " rows"] | None
+    class_labels: Int[AnyArray, " rows"] | None
 
 
 class Told(NamedTuple):
@@ -61,9 +62,7 @@ def of_call(table: Conditioning, rows: Rows, call: Int[Array, ""]) -> Conditioni
     """What call number `call` reads; beyond the last one, what the last one read."""
     at = jnp.asarray(rows.texts)[:, jnp.minimum(call, rows.texts.shape[1] - 1)]
     pooled = None if table.pooled is None else jnp.asarray(table.pooled)[at]
-    return Conditioning(
-        jnp.asarray(table.context)[at], pooled, time_ids=rows.time_ids, guidance_scale=rows.guidance_scale
-    )
+    return Conditioning(jnp.asarray(table.context)[at], pooled, rows.time_ids, rows.class_labels, rows.guidance_scale)
 
 
 def tell(
@@ -76,6 +75,7 @@ def tell(
     pictures: int | None,  # that are started from; None = from nothing
     conditioning: Conditioning | None = None,  # in place of prompts, and of time_ids where it has them
     negative_conditioning: Conditioning | None = None,
+    class_label: int | None = None,  # the same for all
 ) -> Told:
     """Raises ValueError, naming the field, for what this model cannot be told."""
     encoded = functools.partial(_encoded, pipe, recipe, calls, base_calls)
@@ -108,8 +108,8 @@ def tell(
     scale = recipe.guidance_scale if imitates else None
     return Told(
         table,
-        _rows(positive, 0, ids[0], scale),
-        None if negative is None else _rows(negative, len(positive.contexts), ids[1], scale),
+        _rows(positive, 0, ids[0], scale, class_label),
+        None if negative is None else _rows(negative, len(positive.contexts), ids[1], scale, class_label),
         None if positive.is_single else np.asarray(positive.weights),
     )
 
@@ -170,12 +170,16 @@ def _encoded(pipe, recipe, calls, base_calls, prompts, conditioning, negative=Fa
     return encoded if pooled_is_read else encoded.replace(pooled=None)
 
 
-def _rows(encoded: EncodedPrompt, offset: int, ids, scale) -> Rows:
+def _rows(encoded: EncodedPrompt, offset: int, ids, scale, label) -> Rows:
     index = np.asarray(encoded.index, np.int32)
     texts = index.reshape(-1, index.shape[-1]) + np.int32(offset)
     if ids is not None:
         ids = np.broadcast_to(ids, (len(index), ids.shape[-1])).repeat(encoded.parts, axis=0)
-    return Rows(texts, ids, None if scale is None else np.full(len(texts), scale, np.float32))
+    scale, label = (
+        None if value is None else np.full(len(texts), value, dtype)
+        for value, dtype in ((scale, np.float32), (label, np.int32))
+    )
+    return Rows(texts, ids, scale, label)
 
 
 def _rows_of(own: Any, given: Conditioning | None) -> Any:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from sd_jax import sharding
 from sd_jax.diffusion import guidance, noise, noise_sources, samplers, schedules
@@ -49,6 +49,7 @@ class Start(NamedTuple):
     strength: float = 1.0  # how much of the ladder is walked; only with `clean`
     mask: Float[AnyArray, "batch_or_1 h w 1"] | None = None  # 1 = redrawn, 0 = kept as in `clean`
     concat: Float[AnyArray, "batch_or_1 h w extra"] | None = None  # what a U-Net sees beside the latents
+    class_label: int | None = None  # what it is told of that
     from_noise: bool = False  # begin with noise alone, although there is a picture
     first_pass_steps: int | None = None  # in the second pass of hires_fix
 
@@ -95,9 +96,10 @@ def denoise(
             row.calls * recipe.steps,
             None if start.first_pass_steps is None else row.calls * start.first_pass_steps,
             tuple(side * pipe.spec.vae.downscale for side in start.size),
-            None if start.clean is None else len(start.clean),
+            next((len(shown) for shown in (start.clean, start.concat) if shown is not None), None),
             given.conditioning,
             given.negative_conditioning,
+            start.class_label,
         )
         for model in models
     ]
@@ -210,7 +212,7 @@ def _check_channels(pipe, start) -> None:
     if wanted != shown:
         use = {
             latent + 1: "give it image_to_image with depth=",
-            latent + 3: "it is for upscaling, a job that is not there yet",
+            latent + 3: "it is for upscaling, use it to upscale",
             2 * latent + 1: "use it to inpaint",
         }.get(wanted, "no job here shows it what it wants")
         raise ValueError(f"this U-Net takes {wanted} channels, not {shown}: {use}")
@@ -228,11 +230,18 @@ def _switch(pipe, recipe, ladder) -> int:
     return int((np.round(timesteps, 2) >= cut).sum())
 
 
+def seeds_of(recipe: Recipe, batch: int) -> list[int]:
+    """Of the pictures of a batch; those that a variation seed tells apart share one."""
+    return [recipe.seed + (0 if recipe.variation_strength else i) for i in range(batch)]
+
+
+def keys_of(recipe: Recipe, batch: int) -> Key[Array, " batch"]:
+    return jnp.concatenate([noise.image_keys(seed, 1) for seed in seeds_of(recipe, batch)])
+
+
 def _noise(recipe, shape, batch, num_draws, row):
     """(keys, the starting noise, the sampler's draws or None for those of the keys)."""
-    mixed = recipe.variation_strength != 0
-    seeds = [recipe.seed + (0 if mixed else i) for i in range(batch)]
-    keys = jnp.concatenate([noise.image_keys(seed, 1) for seed in seeds])
+    mixed, seeds, keys = recipe.variation_strength != 0, seeds_of(recipe, batch), keys_of(recipe, batch)
     if recipe.noise_source != "threefry":
         if recipe.noise_source not in noise_sources.SOURCES:
             known = ", ".join(("threefry", *noise_sources.SOURCES))
@@ -280,7 +289,8 @@ def _guidance(recipe: Recipe, sigmas) -> guidance.Guidance:
 def _clip(pipe, clip, prompt, batch, recipe) -> "_Clip":
     texts = jnp.asarray(clip.encode_texts([prompt] if isinstance(prompt, str) else prompt))
     texts = jnp.repeat(texts, batch // len(texts), axis=0)
-    return _Clip(clip.params, pipe._part("vae"), texts, _number(recipe.clip_guidance_scale))
+    clamp = np.inf if recipe.clip_guidance_clamp is None else recipe.clip_guidance_clamp
+    return _Clip(clip.params, pipe._part("vae"), texts, _number(recipe.clip_guidance_scale), _number(clamp))
 
 
 def _number(value):
@@ -328,6 +338,7 @@ class _Clip(NamedTuple):
     vae: Params
     texts: Float[Array, "batch width"]
     scale: Any
+    clamp: Any
 
 
 class _Run(NamedTuple):
@@ -404,7 +415,8 @@ def _walk(
         rescale_in = networks.spec.noise_schedule.prediction_type
         bound = guidance.guided(model, positive, negative, guide, rescale_in, momentum, weights)
     if clip is not None:
-        bound = guidance.by_gradient(bound, functools.partial(_likeness, networks, clip, run.clip), run.clip.scale)
+        likeness = functools.partial(_likeness, networks, clip, run.clip)
+        bound = guidance.by_gradient(bound, likeness, run.clip.scale, run.clip.clamp)
     if run.mask is not None:
         bound = within_mask(bound, run.clean, run.noise, run.mask, run.blind_from)
 
@@ -421,11 +433,13 @@ def _walk(
 
 
 def _likeness(networks: Networks, clip: CLIP, guide: _Clip, x, sigma) -> Float[Array, " batch"]:
-    """How near the prompts CLIP finds the noisy pictures, as log p of guidance: its logits."""
+    """How near the prompts CLIP finds the noisy pictures' middle squares, as log p of guidance: its logits."""
     c_in = prediction(networks.spec.noise_schedule.prediction_type).c_in
     latents = along_batch(c_in(sigma), x) * x / networks.spec.vae.scaling_factor
     image = networks.vae.apply({"params": guide.vae}, latents, method="decode")
-    features = clip.encode_picture(guide.params, image)
+    side = min(image.shape[1:3])
+    top, left = ((length - side) // 2 for length in image.shape[1:3])
+    features = clip.encode_picture(guide.params, image[:, top : top + side, left : left + side])
     return jnp.exp(guide.params["logit_scale"]) * jnp.sum(features * guide.texts, axis=-1)
 
 

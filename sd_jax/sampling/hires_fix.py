@@ -12,16 +12,19 @@ from sd_jax.sampling.resize import METHODS, resize_latents
 from sd_jax.sampling.text_to_image import latent_size
 
 if TYPE_CHECKING:
+    from sd_jax.sampling.clip import Clip
     from sd_jax.sampling.pipeline import Pipeline
     from sd_jax.types import Recipe
 
 STRENGTH, SCALE = 0.6, 2.0
 
 
-def hires_fix(pipe: "Pipeline", prompt, recipe: "Recipe", given: Given, output: str, callback) -> np.ndarray:
+def hires_fix(
+    pipe: "Pipeline", prompt, recipe: "Recipe", given: Given, output: str, callback, clip: "Clip | None" = None
+) -> np.ndarray:
     """The job behind `Pipeline.hires_fix`, whose docstring says what the arguments are."""
     first, second, again = _passes(pipe, recipe)
-    small = denoise(pipe, prompt, recipe, first, given, callback)
+    small = denoise(pipe, prompt, recipe, first, given, callback, clip=clip)
     if recipe.upscaler == "lanczos":
         factor = pipe.spec.vae.downscale
         height, width = (side * factor for side in second.size)
@@ -32,7 +35,8 @@ def hires_fix(pipe: "Pipeline", prompt, recipe: "Recipe", given: Given, output: 
         walked, told = count_walked(pipe, recipe, first), callback
         callback = lambda step, x, denoised: told(walked + step, x, denoised)  # noqa: E731
     given = given._replace(latents=None, draws=None)  # which have the first size
-    return pipe.finish(denoise(pipe, prompt, again, second._replace(clean=clean), given, callback), output)
+    latents = denoise(pipe, prompt, again, second._replace(clean=clean), given, callback, clip=clip)
+    return pipe.finish(latents, output)
 
 
 def count_both(pipe: "Pipeline", recipe: "Recipe") -> int:

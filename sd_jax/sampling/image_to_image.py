@@ -14,6 +14,7 @@ from sd_jax.sampling.text_to_image import size_of
 from sd_jax.types import Latents
 
 if TYPE_CHECKING:
+    from sd_jax.sampling.clip import Clip
     from sd_jax.sampling.pipeline import Pipeline
     from sd_jax.types import Recipe
 
@@ -21,7 +22,7 @@ STRENGTH = 0.75
 
 
 def image_to_image(
-    pipe: "Pipeline", prompt, recipe: "Recipe", image, depth, given, output: str, callback
+    pipe: "Pipeline", prompt, recipe: "Recipe", image, depth, given, output: str, callback, clip: "Clip | None" = None
 ) -> np.ndarray:
     """The job behind `Pipeline.image_to_image`, whose docstring says what the arguments are."""
     start = start_of(pipe, recipe, image)
@@ -29,7 +30,7 @@ def image_to_image(
         if pipe.spec.unet.in_channels != pipe.spec.vae.latent_channels + 1:
             raise ValueError("depth= is for models that see depth, which this one does not: leave it out")
         start = start._replace(concat=canvas.latent_depth(canvas.read_depth(depth), *start.size))
-    return pipe.finish(denoise(pipe, prompt, recipe, start, given, callback), output)
+    return pipe.finish(denoise(pipe, prompt, recipe, start, given, callback, clip=clip), output)
 
 
 def start_of(pipe: "Pipeline", recipe: "Recipe", image) -> Start:

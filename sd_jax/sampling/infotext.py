@@ -109,6 +109,7 @@ def write(
     vae_hash: str | None = None,
     version: str | None = None,
     refiner: str | None = None,  # "name [hash]"
+    clip_score: float | None = None,  # by which it was chosen among others
 ) -> str:
     """The infotext of a picture."""
     varied, second = recipe.variation_strength > 0, recipe.scale is not None
@@ -141,6 +142,7 @@ def write(
         "Hires upscaler": UPSCALERS.get(recipe.upscaler, recipe.upscaler) if second else None,
         "Refiner": refiner,
         "Refiner switch at": None if refiner is None else recipe.refiner_switch,
+        "CLIP score": None if clip_score is None else f"{clip_score:.4f}",
         "Version": version,
     }
     lines = [recipe.prompt] if recipe.prompt else []
@@ -190,7 +192,8 @@ def parse(text: str) -> Parsed:
         "negative_prompt": "\n".join(lines[at:]).removeprefix(_NEGATIVE).removeprefix(" "),
     }
     model, model_hash = values.pop("Model", None), values.pop("Model hash", None)
-    values.pop("Version", None)
+    for key in ("Version", "CLIP score"):
+        values.pop(key, None)
     _read_numbers(values, fields)
     _read_names(values, fields)
     if "strength" in fields:

@@ -15,18 +15,21 @@ from sd_jax.sampling.denoising import Start, denoise
 from sd_jax.sampling.text_to_image import size_of
 
 if TYPE_CHECKING:
+    from sd_jax.sampling.clip import Clip
     from sd_jax.sampling.pipeline import Pipeline
     from sd_jax.types import Pixels, Recipe
 
 STRENGTH = 1.0
 
 
-def inpaint(pipe: "Pipeline", prompt, recipe: "Recipe", image, mask, given, output: str, callback) -> np.ndarray:
+def inpaint(
+    pipe: "Pipeline", prompt, recipe: "Recipe", image, mask, given, output: str, callback, clip: "Clip | None" = None
+) -> np.ndarray:
     """The job behind `Pipeline.inpaint`, whose docstring says what the arguments are."""
     pixels, mask = _read(recipe, image, mask)
     box, part, part_mask = _worked_on(pipe, recipe, pixels, mask)
     start = _start(pipe, recipe, part, part_mask)
-    latents = denoise(pipe, prompt, recipe, start, given, callback)
+    latents = denoise(pipe, prompt, recipe, start, given, callback, clip=clip)
     if output == "latents":
         return pipe.finish(latents, output)
 

@@ -23,7 +23,7 @@ from sd_jax.models.vae import to_image, to_pixels
 from sd_jax.names import hint
 from sd_jax.prompts.encode import encode_texts
 from sd_jax.prompts.tokenize import Tokenizer, load_tokenizer
-from sd_jax.sampling import hires_fix, image_to_image, inpaint, text_to_image
+from sd_jax.sampling import hires_fix, image_to_image, inpaint, text_to_image, upscale
 from sd_jax.sampling.clip import Clip
 from sd_jax.sampling.conditioning import refuse_untold, time_ids
 from sd_jax.sampling.denoising import Given, Start, check_finite, count_walked
@@ -37,8 +37,9 @@ JOBS_OF_FIELD = {
     "strength_steps": _STARTED,
     **dict.fromkeys(("only_masked", "padding", "extend"), ("inpaint",)),
     **dict.fromkeys(("scale", "second_steps", "upscaler"), ("hires_fix",)),
+    "noise_level": ("upscale",),
     "refiner_switch": ("text_to_image",),
-    "clip_guidance_scale": ("text_to_image",),
+    **dict.fromkeys(("clip_guidance_scale", "clip_guidance_clamp"), ("text_to_image", *_STARTED)),
 }
 # What a job needs where a checkpoint lacks it
 _MENDS = {
@@ -196,6 +197,8 @@ class Pipeline:
     #     conditioning           in place of prompts; negative_conditioning likewise
     #     output                 "images": uint8 [batch, height, width, 3]; "latents": scaled, float32
     #     callback               called on the host after each step: (step, x before it, denoised). Compiles nothing
+    # and all but upscale
+    #     clip                   of `load_clip`: guides by the middle square, as far as clip_guidance_scale says
     #
     # They raise ValueError, naming the field, for a recipe that cannot be made, and FloatingPointError, naming the
     # stage, where numbers are not finite (half precision is the usual cause).
@@ -211,13 +214,11 @@ class Pipeline:
         output: str = "images",
         callback: Callable | None = None,
         refiner: "Pipeline | None" = None,  # another model of the same latents, which walks the last steps
-        clip: Clip | None = None,  # of `load_clip`, which guides
-        **recipe,  # of them, with a refiner: refiner_switch; with a clip: clip_guidance_scale
+        clip: Clip | None = None,
+        **recipe,  # of them, with a refiner: refiner_switch
     ) -> np.ndarray:
         """Pictures of a prompt."""
-        made = self._recipe("text_to_image", output, recipe, refiner)
-        if (clip is None) != (made.clip_guidance_scale is None):
-            raise ValueError("clip= guides as far as clip_guidance_scale= says: give both or neither")
+        made = self._recipe("text_to_image", output, recipe, refiner, clip)
         given = _given(latents, noise, conditioning, negative_conditioning)
         return text_to_image.text_to_image(self, prompt, made, given, output, callback, refiner, clip)
 
@@ -233,15 +234,16 @@ class Pipeline:
         negative_conditioning: Conditioning | None = None,
         output: str = "images",
         callback: Callable | None = None,
+        clip: Clip | None = None,
         **recipe,  # of them: strength, strength_steps
     ) -> np.ndarray:
         """A picture redrawn with a prompt: the higher `strength`, the freer. Its own size unless width or height say.
 
         Raises media.BadImage for a file that is no picture.
         """
-        made = self._recipe("image_to_image", output, recipe)
+        made = self._recipe("image_to_image", output, recipe, clip=clip)
         given = _given(latents, noise, conditioning, negative_conditioning)
-        return image_to_image.image_to_image(self, prompt, made, image, depth, given, output, callback)
+        return image_to_image.image_to_image(self, prompt, made, image, depth, given, output, callback, clip)
 
     def inpaint(
         self,
@@ -255,15 +257,16 @@ class Pipeline:
         negative_conditioning: Conditioning | None = None,
         output: str = "images",
         callback: Callable | None = None,
+        clip: Clip | None = None,
         **recipe,  # of them: strength, strength_steps, only_masked, padding, extend
     ) -> np.ndarray:
         """The white part of the mask redrawn; pixels where it is black come back equal to the bit.
 
         Raises ValueError for a mask of another size than the image's, media.BadImage for a file that is no picture.
         """
-        made = self._recipe("inpaint", output, recipe)
+        made = self._recipe("inpaint", output, recipe, clip=clip)
         given = _given(latents, noise, conditioning, negative_conditioning)
-        return inpaint.inpaint(self, prompt, made, image, mask, given, output, callback)
+        return inpaint.inpaint(self, prompt, made, image, mask, given, output, callback, clip)
 
     def hires_fix(
         self,
@@ -275,12 +278,38 @@ class Pipeline:
         negative_conditioning: Conditioning | None = None,
         output: str = "images",
         callback: Callable | None = None,
+        clip: Clip | None = None,
         **recipe,  # of them: scale, second_steps, strength, strength_steps, upscaler
     ) -> np.ndarray:
         """Pictures `scale` times as large as width and height: made, enlarged, and denoised a part of the way again."""
-        made = self._recipe("hires_fix", output, recipe)
+        made = self._recipe("hires_fix", output, recipe, clip=clip)
         given = _given(latents, noise, conditioning, negative_conditioning)
-        return hires_fix.hires_fix(self, prompt, made, given, output, callback)
+        return hires_fix.hires_fix(self, prompt, made, given, output, callback, clip)
+
+    def upscale(
+        self,
+        image: Any,  # as in image_to_image; the small picture
+        prompt: str | Sequence[str] = "",
+        *,
+        image_noise: AnyArray | None = None,  # on the small picture, unit variance, [batch or 1, h, w, 3]; None = drawn
+        latents: Latents | None = None,
+        noise: AnyArray | None = None,
+        conditioning: Conditioning | None = None,
+        negative_conditioning: Conditioning | None = None,
+        output: str = "images",
+        callback: Callable | None = None,
+        **recipe,  # of them: noise_level
+    ) -> np.ndarray:
+        """A picture made larger by a model that was trained to, such as Stable Diffusion's x4 upscaler.
+
+        Where width and height do not say, it becomes as much larger as a picture is than its latents, which have the
+        size of the small picture: 4 times. On pixels, where the two are one, both must be given. The higher
+        `noise_level`, the less of the small picture is kept, and the more is made up.
+        Raises ValueError for a model that is no upscaler, media.BadImage for a file that is no picture.
+        """
+        made = self._recipe("upscale", output, recipe)
+        given = _given(latents, noise, conditioning, negative_conditioning)
+        return upscale.upscale(self, prompt, made, image, image_noise, given, output, callback)
 
     def make(
         self,
@@ -297,7 +326,7 @@ class Pipeline:
 
         Raises ValueError for an input that this job has no use for.
         """
-        job = job_of(recipe, image, mask, depth, refiner, clip)
+        job = job_of(recipe, image, mask, depth, refiner, clip, self.spec)
         inputs = {"image": image, "mask": mask, "depth": depth, "refiner": refiner, "clip": clip}
         inputs = {name: value for name, value in inputs.items() if value is not None}
         fields = _fields(recipe) | ({} if prompts is None else {"prompt": prompts})
@@ -313,11 +342,11 @@ class Pipeline:
         clip: Clip | None = None,
     ) -> int:
         """How many steps `make` takes: as often as it calls its callback."""
-        job = job_of(recipe, image, mask, depth, refiner, clip)
-        recipe = self._recipe(job, "images", _fields(recipe), refiner)
+        job = job_of(recipe, image, mask, depth, refiner, clip, self.spec)
+        recipe = self._recipe(job, "images", _fields(recipe), refiner, clip)
         if job == "hires_fix":
             return hires_fix.count_both(self, recipe)
-        if job == "text_to_image":
+        if job in ("text_to_image", "upscale"):
             return count_walked(self, recipe, Start((1, 1)))
         module = inpaint if job == "inpaint" else image_to_image
         strength = module.STRENGTH if recipe.strength is None else recipe.strength
@@ -335,7 +364,9 @@ class Pipeline:
         check_finite(finite, "decoding by the autoencoder")
         return np.asarray(pixels)
 
-    def _recipe(self, job: str, output: str, fields: dict, refiner: "Pipeline | None" = None) -> Recipe:
+    def _recipe(
+        self, job: str, output: str, fields: dict, refiner: "Pipeline | None" = None, clip: Clip | None = None
+    ) -> Recipe:
         """The recipe of a job. Raises ValueError for what does not belong into it."""
         if output not in ("images", "latents"):
             raise ValueError(f"output={output!r} is unknown: use images or latents")
@@ -346,6 +377,10 @@ class Pipeline:
             if job not in jobs and fields.get(name, getattr(Recipe, name)) != getattr(Recipe, name):
                 raise ValueError(f"{name}={fields[name]!r} is for {' and '.join(jobs)}, not for {job}: leave it out")
         recipe = Recipe(**fields)
+        if (clip is None) != (recipe.clip_guidance_scale is None):
+            raise ValueError("clip= guides as far as clip_guidance_scale= says: give both or neither")
+        if clip is None and recipe.clip_guidance_clamp is not None:
+            raise ValueError("clip_guidance_clamp= limits how far clip= guides: give both, or leave it out")
         refuse_untold(recipe, [self.spec] if refiner is None else [self.spec, refiner.spec])
         if job == "text_to_image" and refiner is None and recipe.refiner_switch != Recipe.refiner_switch:
             raise ValueError(f"refiner_switch={recipe.refiner_switch:g} is for a refiner: give it, or leave this out")
@@ -370,9 +405,15 @@ class Pipeline:
 
 
 def job_of(
-    recipe: Recipe, image: Any = None, mask: Any = None, depth: Any = None, refiner: Any = None, clip: Any = None
+    recipe: Recipe,
+    image: Any = None,
+    mask: Any = None,
+    depth: Any = None,
+    refiner: Any = None,
+    clip: Any = None,
+    spec: ModelSpec | None = None,  # None = of a model that is no upscaler
 ) -> str:
-    """The name of the job that a recipe means, with or without pictures that it starts from.
+    """The name of the job that a recipe means, with or without pictures that it starts from, for a model.
 
     Raises ValueError for an input that this job has no use for.
     """
@@ -382,10 +423,13 @@ def job_of(
         job = "text_to_image" if recipe.scale is None else "hires_fix"
     else:
         job = "image_to_image" if mask is None and recipe.extend is None else "inpaint"
-    owners = {"depth": "image_to_image", "refiner": "text_to_image", "clip": "text_to_image"}
-    for (name, owner), given in zip(owners.items(), (depth, refiner, clip), strict=True):
-        if given is not None and job != owner:
-            raise ValueError(f"{name} is for {owner}, not for {job}: leave it out")
+        if job == "image_to_image" and spec is not None and upscale.is_upscaler(spec):
+            job = "upscale"
+    clipped = JOBS_OF_FIELD["clip_guidance_scale"]
+    owners = {"depth": ("image_to_image",), "refiner": ("text_to_image",), "clip": clipped}
+    for (name, jobs), given in zip(owners.items(), (depth, refiner, clip), strict=True):
+        if given is not None and job not in jobs:
+            raise ValueError(f"{name} is for {' and '.join(jobs)}, not for {job}: leave it out")
     return job
 
 

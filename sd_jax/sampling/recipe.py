@@ -6,6 +6,8 @@ other is ours, JSON: the fields of its Recipe, those of its Origin, and
     batch     {"size", "index"}: where it was in a batch that was made at once; null where it was made alone. Images of
               a batch do not depend on each other, but matrix products of another shape round otherwise: to get the same
               bits, the whole batch is made again. "prompts": those of the batch, where they are not all the same
+    chosen    {"candidates", "score", "clip_hash"}: how well a CLIP found it to fit, the best of so many
+    best_of   of a sheet or grid: of how many candidates each picture was chosen
     prompts   of a sheet of several prompts: all of them
     grid      of a grid: its axes, [{"field", "values"}, ...]
 """
@@ -138,7 +140,7 @@ def whole_recipe(recipe: Recipe, batch: dict[str, Any]) -> Recipe:
 
 
 def texts(recipe: Recipe, origin: Origin, size: tuple[int, int], **more: Any) -> dict[str, str]:
-    """What a picture carries. size: its width and height; more: batch, prompts or grid."""
+    """What a picture carries. size: its width and height; more: batch, chosen, best_of, prompts or grid."""
     from sd_jax.sampling.pipeline import BUNDLED
 
     width, height = size if recipe.scale is None else (None, None)  # A1111 tells the size of the first pass
@@ -151,6 +153,7 @@ def texts(recipe: Recipe, origin: Origin, size: tuple[int, int], **more: Any) ->
         origin.vae_hash,
         f"sd_jax {origin.versions['sd_jax']}",
         None if origin.refiner is None else f"{_name(origin.refiner)} [{origin.refiner_hash}]",
+        more["chosen"]["score"] if "chosen" in more else None,
     )
     record = {**dataclasses.asdict(recipe), **dataclasses.asdict(origin), "batch": None, **more}
     return {media.PARAMETERS: parameters, media.RECIPE: json.dumps(record)}
@@ -175,7 +178,9 @@ class Record:
 
     recipe: Recipe
     origin: Origin | None = None  # None: not made by us
-    batch: dict[str, Any] | None = None  # see above, as the next two
+    batch: dict[str, Any] | None = None  # see above, as the next four
+    chosen: dict[str, Any] | None = None
+    best_of: int | None = None
     prompts: list[str] | None = None
     grid: list[dict[str, Any]] | None = None
     model: str | None = None  # of a picture not made by us: the name of the model, and the short hash of its file
@@ -218,7 +223,7 @@ def _json(text: str | None) -> dict[str, Any] | None:
 
 def _read_ours(record: dict[str, Any], path: str | pathlib.Path) -> Record:
     of_origin = tuple(field.name for field in dataclasses.fields(Origin))
-    more = ("batch", "prompts", "grid")
+    more = ("batch", "chosen", "best_of", "prompts", "grid")
     if unknown := sorted(set(record) - {*FIELDS, *of_origin, *more}):
         logger.warning("%s: not understood and left out: %s", path, ", ".join(unknown))
     fields = {name: record[name] for name in FIELDS if name in record}

@@ -1,4 +1,4 @@
-"""Text to image: latents from noise alone, decoded. On the way a CLIP may guide, and a refiner take over.
+"""Text to image: latents from noise alone, decoded. On the way a refiner may take over.
 
 Distilled models are made for few steps, each on a ladder of its own: SDXL Turbo and Lightning for schedule="trailing"
 (with euler_ancestral and euler) and guidance_scale=1, models of LCM for sampler="lcm", schedule="lcm".

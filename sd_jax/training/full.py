@@ -1,5 +1,7 @@
 """`config.method="full"`: the U-Net learns to denoise, and the text encoders with it or frozen."""
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -34,7 +36,17 @@ class Errors(NamedTuple):
     timestep: Int[Array, " batch"]
 
 
-def _errors(context: Context, params: Params, batch: Batch, keys: Keys, batch_size: int) -> Errors:
+class Beside(NamedTuple):
+    """What a U-Net reads besides noised latents and text."""
+
+    channels: Float[Array, "batch h w extra"]
+    class_labels: Int[Array, " batch"]
+
+
+Show = Callable[[Context, Batch, Keys, tuple[int, int]], Beside]  # of a batch; the latents' height and width
+
+
+def _errors(show: Show | None, context: Context, params: Params, batch: Batch, keys: Keys, batch_size: int) -> Errors:
     """batch_size: of the global batch, over which timesteps are spread."""
     networks, cfg = context.networks, context.config.diffusion
     schedule = networks.spec.noise_schedule
@@ -50,8 +62,13 @@ def _errors(context: Context, params: Params, batch: Batch, keys: Keys, batch_si
     gamma = cfg.input_perturbation
     input_noise = training_noise.perturbed(n, keys, PERTURBATION, gamma) if gamma else None
     told = conditioning.conditioning(context, params, batch, keys)
+    beside = None if show is None else show(context, batch, keys, latents.shape[1:3])
+    if beside is not None:
+        told = told.replace(class_labels=beside.class_labels)
 
     def predict(model_input, timestep, told):
+        if beside is not None:
+            model_input = jnp.concatenate([model_input, beside.channels], axis=-1)
         return networks.unet.apply({"params": params["unet"]}, model_input, timestep, told)
 
     error, weight = losses.denoising_losses(
@@ -60,12 +77,12 @@ def _errors(context: Context, params: Params, batch: Batch, keys: Keys, batch_si
     return Errors(error, weight, drawn)
 
 
-def _loss(context: Context, params: Params, batch: Batch, keys: Keys):
-    errors = _errors(context, params, batch, keys, context.config.batch_size)
+def _loss(show: Show | None, context: Context, params: Params, batch: Batch, keys: Keys):
+    errors = _errors(show, context, params, batch, keys, context.config.batch_size)
     return jnp.mean(errors.error * errors.weight), {}
 
 
-def _held_out(context: Context, params: Params, batch: Batch, keys: Keys) -> Sums:
+def _held_out(show: Show | None, context: Context, params: Params, batch: Batch, keys: Keys) -> Sums:
     """The weighted loss, and for each of `eval_bins` equal parts of the schedule the error without weight.
 
     All that only training does is left out: timesteps are uniform, noise is white and not perturbed, no caption is
@@ -81,7 +98,7 @@ def _held_out(context: Context, params: Params, batch: Batch, keys: Keys) -> Sum
         input_perturbation=0.0,
         caption_dropout=0.0,
     )
-    errors = _errors(context._replace(config=config), params, batch, keys, batch["slot"].shape[0])
+    errors = _errors(show, context._replace(config=config), params, batch, keys, batch["slot"].shape[0])
     sums = {"loss": sum_of(errors.error * errors.weight)}
     for first, last in _bins(config, context.networks.spec):
         inside = (errors.timestep >= first) & (errors.timestep <= last)
@@ -105,7 +122,8 @@ def latents_of(networks: Networks, params: Params, batch: Batch, keys: Keys) -> 
     return jax.lax.stop_gradient(z) * networks.spec.vae.scaling_factor
 
 
-def _check(config: ConfigDict, spec: ModelSpec) -> None:
+def check(config: ConfigDict, spec: ModelSpec) -> None:
+    """Raises ValueError, naming key and mend, for what no denoising method can do."""
     cfg, schedule = config.diffusion, spec.noise_schedule
     conditioning.check(config, spec)
     timesteps.times_of(cfg.timesteps, cfg.timestep_mean, cfg.timestep_scale)
@@ -131,11 +149,16 @@ def _text_encoders(config: ConfigDict, spec: ModelSpec, trained: bool) -> tuple[
     return tuple(spec.text_encoders) if config.diffusion.train_text_encoder == trained else ()
 
 
-FULL = Method(
-    trainable=lambda config, spec: ("unet", *_text_encoders(config, spec, trained=True)),
-    frozen=lambda config, spec: ("vae",) * ("vae" in spec.parts) + _text_encoders(config, spec, trained=False),
-    reads=("latents", "captions"),
-    check=_check,
-    loss=_loss,
-    held_out=_held_out,
-)
+def denoising(show: Show | None = None, **fields) -> Method:
+    """The method of a U-Net that learns to denoise, and is shown something besides. fields: of Method."""
+    return Method(
+        trainable=lambda config, spec: ("unet", *_text_encoders(config, spec, trained=True)),
+        frozen=lambda config, spec: ("vae",) * ("vae" in spec.parts) + _text_encoders(config, spec, trained=False),
+        reads=("latents", "captions"),
+        loss=functools.partial(_loss, show),
+        held_out=functools.partial(_held_out, show),
+        **fields,
+    )
+
+
+FULL = denoising(check=check)

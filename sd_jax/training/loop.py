@@ -44,9 +44,11 @@ def train(
     dry_run: bool = False,
     started: float | None = None,  # time.time() at which the run began, for its summary; None = now
     profile: tuple[int, int] | None = None,  # a trace of steps first .. first + count - 1, into workdir/profile
+    only_caches: bool = False,
 ) -> None:
     """Trains `config.method` into `workdir`, or resumes it. With `dry_run` prints what it would train, and ends.
 
+    With `only_caches` it ends once they are filled, which needs neither the mesh nor the memory that training does.
     Raises ValueError, FileNotFoundError, CheckpointError or DataError, each naming the key or file and the mend;
     FloatingPointError where the loss stays without a finite value (`config.max_skipped`, `config.rollbacks`); Preempted
     where the run was asked to stop: it has been saved, and the same command goes on.
@@ -54,16 +56,22 @@ def train(
     journal, stages = Journal(), Stages()
     try:
         with Preemption() as preemption, Watchdog(stages, config.watchdog_seconds, workdir, journal.log):
-            _train(config, workdir, dry_run, started or time.time(), profile, journal, stages, preemption)
+            _train(config, workdir, dry_run, started or time.time(), profile, only_caches, journal, stages, preemption)
     finally:
         journal.close()
 
 
-def _train(config, workdir, dry_run, started, profile, journal, stages, preemption) -> None:
+def _train(config, workdir, dry_run, started, profile, only_caches, journal, stages, preemption) -> None:
     sharding.keep_compilations()
     method = method_of(config)
-    mesh = sharding.make_mesh(config.mesh.to_dict())
-    setup.check_batch(config, mesh)
+    if dry_run or not only_caches:
+        mesh = sharding.make_mesh(config.mesh.to_dict())
+        setup.check_batch(config, mesh)
+    elif not (config.data.cache_latents or config.data.cache_text):
+        raise ValueError(
+            "--precompute fills caches, and this run has none: set config.data.cache_latents or config.data.cache_text "
+            "to True"
+        )
 
     # --- Model -------------------------------------------------------------------------------------------------------
     source = sources.open_source(config)
@@ -86,6 +94,9 @@ def _train(config, workdir, dry_run, started, profile, journal, stages, preempti
     with stages("cache"):
         folder = pathlib.Path(config.data.cache_dir or workdir / "cache")
         both, empty = precompute(config, model, both, assignment, folder)
+    if only_caches:
+        journal.log(f"the caches in {folder} are filled: the same command without --precompute trains")
+        return
     tokenize = None if config.data.cache_text else model.caption_tokenizer()
     told = {"num_time_ids": model.num_time_ids}
 

@@ -37,6 +37,7 @@ class Method(NamedTuple):
     # What is measured of held-out images, of which "loss" is the one that tells the best checkpoint. The batch is the
     # global one, its slots 0, 1, 2, ...
     held_out: Callable[[Context, Params, Batch, Keys], Sums]
+    beside_latents: int = 0  # channels that the U-Net reads besides
     # After the last step: (context, whole model, held-out batches on the model's devices) -> networks, with what could
     # only be measured now
     finish: Callable[[Context, Params, list[Batch]], Networks] | None = None

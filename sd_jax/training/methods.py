@@ -8,8 +8,16 @@ from sd_jax.training.contrastive import CLIP
 from sd_jax.training.features import FEATURES
 from sd_jax.training.full import FULL
 from sd_jax.training.method import Method
+from sd_jax.training.super_resolution import SUPER_RESOLUTION
 
-METHODS = {"full": FULL, "autoencoder": AUTOENCODER, "clip": CLIP, "features": FEATURES, "aesthetic": AESTHETIC}
+METHODS = {
+    "full": FULL,
+    "autoencoder": AUTOENCODER,
+    "super_resolution": SUPER_RESOLUTION,
+    "clip": CLIP,
+    "features": FEATURES,
+    "aesthetic": AESTHETIC,
+}
 
 
 def method_of(config: ConfigDict) -> Method:

@@ -1,36 +1,51 @@
-"""The picture that a run draws of its progress: prompts for a diffusion model, reconstructions for an autoencoder."""
+"""The picture that a run draws of its progress: of prompts, or what the model makes of pictures that there are."""
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from sd_jax import media
-from sd_jax.models.vae import to_pixels
+from sd_jax.diffusion.low_resolution import make_small
+from sd_jax.models.vae import to_image, to_pixels
 from sd_jax.sampling.pipeline import Pipeline
 from sd_jax.training.start import Model
-from sd_jax.types import Params
+from sd_jax.types import Conditioning, Params
 
 SEED = 0  # the same noise at every step of a run: what changes is the model
 
 
-SHOWN = 12  # pictures that an autoencoder shows again
+SHOWN = 12  # pictures that are shown again
 
 
 def draw(config: ConfigDict, model: Model, params: Params, batch: dict[str, np.ndarray]) -> np.ndarray:
-    """A sheet, uint8 [height, width, 3]. An autoencoder shows pictures of `batch` and, below, what it makes of them."""
+    """A sheet, uint8 [height, width, 3]. An autoencoder shows pictures of `batch` and, below, what it makes of them; a
+    model that enlarges shows them made small, what it makes of those, and them."""
     pipe = Pipeline(model.networks.spec, params, model.tokenizer, config.dtype)
     if config.method == "autoencoder":
         pixels = batch["pixels"][:SHOWN]
         again = np.asarray(to_pixels(pipe.decode_latents(pipe.encode_image(pixels))))
         return media.contact_sheet(np.concatenate([pixels, again]), columns=len(pixels))
     recipe = config.samples
-    images = pipe.text_to_image(
-        list(recipe.prompts),
-        sampler=recipe.sampler,
-        schedule=recipe.schedule,
-        steps=recipe.steps,
-        guidance_scale=recipe.guidance_scale,
-        width=config.data.resolution,
-        height=config.data.resolution,
-        seed=SEED,
-    )
+    fields = {
+        "sampler": recipe.sampler,
+        "schedule": recipe.schedule,
+        "steps": recipe.steps,
+        "guidance_scale": recipe.guidance_scale,
+        "seed": SEED,
+    }
+    if config.method == "super_resolution":
+        return _enlarged(pipe, config.super_resolution.factor, batch, fields)
+    size = config.data.resolution
+    images = pipe.text_to_image(list(recipe.prompts), width=size, height=size, **fields)
     return media.contact_sheet(images, captions=recipe.prompts)
+
+
+def _enlarged(pipe, factor, batch, fields) -> np.ndarray:
+    large = batch["pixels"][:SHOWN]
+    small = np.asarray(to_pixels(make_small(to_image(large), factor)))
+    if "input_ids" in batch:
+        told = pipe.encode_tokens(batch["input_ids"][:SHOWN])
+    else:
+        told = Conditioning(**{name: batch[name][:SHOWN] for name in ("context", "pooled") if name in batch})
+    made = pipe.upscale(small, conditioning=told, height=large.shape[1], width=large.shape[2], **fields)
+    shown = small.repeat(factor, axis=1).repeat(factor, axis=2)
+    return media.contact_sheet(np.concatenate([shown, made, large]), columns=len(large))

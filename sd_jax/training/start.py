@@ -95,7 +95,7 @@ def build_model(
         raise ValueError(
             f"config.init={config.init!r} has no {sorted(set(parts) - set(params))[0]}, and config.model is empty"
         )
-    if "unet" in parts and spec.unet.in_channels != spec.vae.latent_channels:
+    if "unet" in parts and spec.unet.in_channels != spec.vae.latent_channels + method.beside_latents:
         raise ValueError(
             f"config.method={config.method!r} trains on latents of {spec.vae.latent_channels} channels, and this U-Net "
             f"reads {spec.unet.in_channels} (for inpainting, depth or upscaling): choose another checkpoint"

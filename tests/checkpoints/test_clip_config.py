@@ -97,21 +97,24 @@ def shapes_of(name, dtype=np.float32, norms=np.float32):
     return keys_openai_clip.from_transformers(tensors, config)
 
 
-def test_shapes_tell_those_of_openai():
-    """By the types or by the numbers in the archive; nothing tells LAION's from MetaCLIP's."""
-    for name in ("clip_vit_b_32", "clip_vit_b_16", "clip_vit_l_14", "clip_vit_l_14_336"):
-        file = shapes_of(name, np.float16)
-        assert clip_config.from_shapes(file, file, "a") == CLIPS[name], name
+OPENAI = ("clip_vit_b_32", "clip_vit_b_16", "clip_vit_l_14", "clip_vit_l_14_336")
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_shapes_tell_the_published_ones(name, caplog):
+    """OpenAI's by the types or by a number in the archive; what has neither mark is LAION's, with gelu."""
+    file, half = shapes_of(name), shapes_of(name, np.float16)
     number = Tensor((), np.dtype(np.int64), lambda: None)
-    for name in ("clip_vit_b_16", "clip_vit_bigg_14"):
-        file = shapes_of(name)
-        found = clip_config.from_shapes(file, {**file, "context_length": number}, "a")
-        towers = [(t.hidden_size, t.num_attention_heads) for t in (found.text_config, found.vision_config)]
-        assert towers == [
-            (t.hidden_size, t.num_attention_heads) for t in (CLIPS[name].text_config, CLIPS[name].vision_config)
-        ]
-        with pytest.raises(CheckpointError, match=r"^a: it does not say whether .* give its config"):
-            clip_config.from_shapes(file, file, "a")
+    if name in OPENAI:
+        assert clip_config.from_shapes(half, half, "a") == CLIPS[name]
+        assert clip_config.from_shapes(file, {**file, "context_length": number}, "a") == CLIPS[name]
+        assert not caplog.records
+    said = clip_config.to_open_clip(CLIPS[name], "a")
+    laion = clip_config.from_open_clip({**said, "model_cfg": {**said["model_cfg"], "quick_gelu": False}}, "a")
+    assert (laion == CLIPS[name]) == (name not in OPENAI)
+    for unmarked in (file, shapes_of(name, np.float16, np.float16)):
+        assert clip_config.from_shapes(unmarked, unmarked, "a") == laion
+        assert caplog.records.pop().getMessage().startswith("a: it does not say its activation, gelu is taken")
 
 
 def test_shapes_of_something_else():

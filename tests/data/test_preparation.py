@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from sd_jax.data import DataError, filters, preparation, shards, stages
+from sd_jax.data.clip_pixels import square
 from sd_jax.data.preparation import Settings
 from sd_jax.data.sources import open_source
 from sd_jax.data.stages import Scorer, Sizes
@@ -194,13 +195,17 @@ def test_every_form_gives_the_same_shards(prepared, rows, tmp_path, form):
     assert {name: found[name] for name in same} == {name: report[name] for name in same}
 
 
-def test_processes_decode_alike(prepared, tars, tmp_path):
-    # A scorer without preprocessing: test modules cannot be imported by name in another process
-    settings = Settings(sizes=Sizes(32, 16, shrink=True), batch_size=3)
-    run(tars, tmp_path / "here", settings, None)
-    run(tars, tmp_path / "there", settings, None, workers=2)
+def test_processes_decode_alike_and_import_no_jax(prepared, rows, tars, tmp_path):
+    # CLIP's own preprocessing: test modules cannot be imported by name in another process
+    scorer = Scorer("brightness", brightness, functools.partial(square, size=4))
+    run(tars, tmp_path / "here", scorer=scorer)
+    run(tars, tmp_path / "there", scorer=scorer, workers=2)
     assert files_of(tmp_path / "here") == files_of(tmp_path / "there")
+    stage = functools.partial(stages.look, preprocess=scorer.preprocess, sizes=SETTINGS.sizes)
+    record = shards.Record(0, "a", rows[0]["data"], (), {})
     with preparation._looking(1) as look:
+        ((_, (seen,)),) = look([[record]], stage)
+        assert seen.inputs.shape == (4, 4, 3)
         pool = look.args[0]
         assert pool.submit(eval, "'jax' in __import__('sys').modules").result() is False
 

@@ -278,3 +278,17 @@ def test_a_gradient_leads_to_what_is_known_of_the_condition(scale):
     known = (X / sigma**2 + COND / b**2) / (1 / a**2 + 1 / sigma**2 + 1 / b**2)
     share = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (3,))[:, None, None, None]
     np.testing.assert_allclose(found, plain(X, SIGMA) + share * (known - plain(X, SIGMA)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_clamp_shortens_only_the_long_steps():
+    """Each picture's own; none is turned."""
+    scales, clamp = jnp.asarray([0.01, 1.0, 1.0]), 0.2
+
+    def steps(clamp):
+        plain = by_gradient(lambda x, sigma: x * 0, lambda x, sigma: jnp.sum(x**3, AXES), scales, clamp)
+        return np.asarray(plain(X, SIGMA[::-1])).reshape(3, -1)
+
+    free, held = steps(np.inf), steps(clamp)
+    rms = np.sqrt(np.mean(free**2, axis=1))
+    assert rms[2] < clamp < rms[1]  # there is something of each
+    np.testing.assert_allclose(held, free * np.minimum(1, clamp / rms)[:, None], rtol=1e-5)

@@ -1,11 +1,15 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sd_jax.models.clip import CLIP
 from sd_jax.models.networks import Networks
-from sd_jax.models.presets import TINY_SHAPES
+from sd_jax.models.presets import SHAPES_CLIP, TINY_SHAPES
 from sd_jax.prompts.tokenize import train_tokenizer
+from sd_jax.sampling.clip import Clip
 from sd_jax.sampling.pipeline import Pipeline
 
 
@@ -28,6 +32,21 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pipe(tokenizer):
     return Pipeline(TINY_SHAPES, random_params(TINY_SHAPES), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def clip(tokenizer):
+    """Of random weights, with the tokenizer of `pipe`."""
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text, vision = SHAPES_CLIP.text_config, SHAPES_CLIP.vision_config
+    config = dataclasses.replace(
+        SHAPES_CLIP,
+        text_config=dataclasses.replace(text, num_hidden_layers=1, vocab_size=tokenizer.vocab_size, **ids),
+        vision_config=dataclasses.replace(vision, num_hidden_layers=1, patch_size=16),
+    )
+    params, rng = jax.jit(CLIP.of(config).init)(jax.random.key(0)), np.random.default_rng(0)
+    moved = lambda x: x + jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype)  # noqa: E731
+    return Clip(config, jax.tree.map(moved, params), tokenizer)
 
 
 @pytest.fixture(scope="module")

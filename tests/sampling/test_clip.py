@@ -1,36 +1,15 @@
 """A CLIP as guide and as judge of candidates, small and of random weights."""
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import sd_jax
 from sd_jax.checkpoints.clip import save_clip
-from sd_jax.models.clip import CLIP
-from sd_jax.models.presets import SHAPES_CLIP
-from sd_jax.sampling.clip import Clip
+from sd_jax.sampling import hires_fix, inpaint
 
-CONFIG = dataclasses.replace(
-    SHAPES_CLIP,
-    text_config=dataclasses.replace(SHAPES_CLIP.text_config, num_hidden_layers=1),
-    vision_config=dataclasses.replace(SHAPES_CLIP.vision_config, num_hidden_layers=1, patch_size=16),
-)
 PROMPTS = ["a red circle", "a blue star"]
 QUICK = {"steps": 2, "guidance_scale": 1.0, "sampler": "euler", "seed": 3}
-
-
-@pytest.fixture(scope="module")
-def clip(pipe):
-    tokenizer = pipe.tokenizer
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    text = dataclasses.replace(CONFIG.text_config, vocab_size=tokenizer.vocab_size, **ids)
-    config = dataclasses.replace(CONFIG, text_config=text)
-    params, rng = jax.jit(CLIP.of(config).init)(jax.random.key(0)), np.random.default_rng(0)
-    moved = lambda x: x + jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype)  # noqa: E731
-    return Clip(config, jax.tree.map(moved, params), tokenizer)
 
 
 def test_the_best_are_the_nearest(clip):
@@ -52,13 +31,60 @@ def test_guidance_leads_towards_the_prompts(pipe, clip):
     guided = [pipe.text_to_image(PROMPTS, clip=clip, clip_guidance_scale=s, **QUICK) for s in (0.0, 0.3, 1.0)]
     assert np.abs(guided[0].astype(int) - plain).max() <= 1
     assert np.all(near(guided[1]) > near(plain)) and np.all(near(guided[2]) > near(guided[1]))
+    held = pipe.text_to_image(PROMPTS, clip=clip, clip_guidance_scale=1.0, clip_guidance_clamp=1e-6, **QUICK)
+    assert np.abs(held.astype(int) - plain).max() <= 1
+
+
+SLOPE = np.linspace(0, 255, 32 * 32 * 3).reshape(32, 32, 3).astype(np.uint8)
+WIDE = np.concatenate([SLOPE, SLOPE[:, :16]], axis=1)
+MASK = np.zeros((32, 48), bool)
+MASK[8:, 8:40] = True
+
+
+@pytest.mark.parametrize(
+    ("job", "inputs"),
+    [
+        ("image_to_image", {"image": SLOPE, "strength": 1.0}),
+        pytest.param("inpaint", {"image": WIDE, "mask": MASK}, marks=pytest.mark.slow),
+    ],
+)
+def test_other_jobs_are_guided(pipe, clip, job, inputs):
+    plain, guided = (
+        getattr(pipe, job)(PROMPTS, clip=clip, clip_guidance_scale=scale, **inputs, **QUICK) for scale in (0.0, 1.0)
+    )
+    if job == "image_to_image":  # whose programs are those of text_to_image
+        assert np.abs(pipe.image_to_image(PROMPTS, **inputs, **QUICK).astype(int) - plain).max() <= 1
+    near, texts = clip.encode_images, clip.encode_texts(PROMPTS)
+    assert np.all((near(guided) * texts).sum(1) > (near(plain) * texts).sum(1))
+    if job == "inpaint":
+        np.testing.assert_array_equal(guided[:, ~MASK], np.stack([WIDE[~MASK]] * 2))
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "walks"), [(inpaint, {"image": WIDE, "mask": MASK}, 1), (hires_fix, {}, 2)]
+)
+def test_every_walk_hears_of_the_clip(pipe, clip, monkeypatch, module, inputs, walks):
+    guides = []
+
+    def denoise(pipe, prompt, recipe, start, given, callback, clip=None):
+        guides.append(clip)
+        return jnp.zeros((1, *start.size, 4))
+
+    monkeypatch.setattr(module, "denoise", denoise)
+    job = getattr(pipe, module.__name__.rpartition(".")[2])
+    job(PROMPTS[0], clip=clip, clip_guidance_scale=1.0, output="latents", **inputs, **QUICK)
+    assert guides == [clip] * walks
 
 
 def test_a_clip_and_its_scale_belong_together(pipe, clip):
-    with pytest.raises(ValueError, match="clip_guidance_scale= says: give both or neither"):
-        pipe.text_to_image(PROMPTS, clip=clip, **QUICK)
+    for job, inputs in (("text_to_image", {}), ("image_to_image", {"image": SLOPE})):
+        for half in ({"clip": clip}, {"clip_guidance_scale": 1.0}):
+            with pytest.raises(ValueError, match="clip_guidance_scale= says: give both or neither"):
+                getattr(pipe, job)(PROMPTS, **half, **inputs, **QUICK)
     with pytest.raises(ValueError, match="give both or neither"):
-        pipe.text_to_image(PROMPTS, clip_guidance_scale=1.0, **QUICK)
+        pipe.steps_of(sd_jax.Recipe(**QUICK), clip=clip)
+    with pytest.raises(ValueError, match="clip_guidance_clamp= limits"):
+        pipe.text_to_image(PROMPTS, clip_guidance_clamp=0.3, **QUICK)
 
 
 def test_a_folder_of_transformers_is_loaded_with_its_tokenizer(clip, tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sd_jax import media
+from sd_jax.checkpoints.clip import save_clip
 from sd_jax.sampling import command
 from sd_jax.sampling.command import Order, carry_out, read_prompts
 from sd_jax.sampling.pipeline import Pipeline, load
@@ -293,6 +294,64 @@ def test_files_of_prompts(tmp_path, prompts_file):
         next(carry_out(Order(prompts_file=prompts_file, grid="steps=1,2")))
     with pytest.raises(ValueError, match="--prompts_file, and --prompt: give one"):
         next(carry_out(Order({"prompt": "x"}, prompts_file=prompts_file)))
+
+
+# -- The best of several -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judge(clip, checkpoint, tmp_path_factory):
+    """What is loaded where a CLIP chooses."""
+    folder = tmp_path_factory.mktemp("clip") / "clip"
+    save_clip(folder, clip.config, clip.params, tokenizer=clip.tokenizer)
+    return {"checkpoint": checkpoint, "clip": str(folder)}
+
+
+def test_the_best_of_several_is_made_again_alone(make, judge, clip):
+    fields, seeds = {"prompt": "a red circle", **FEW}, range(5, 8)
+    alone = np.stack([make({**fields, "seed": seed})["00000.png"] for seed in seeds])
+    scores = clip.scores(alone, ["a red circle"])
+    best = int(scores.argmax())
+    assert best and len(set(scores)) == 3
+
+    kept = make({**fields, "seed": seeds[0]}, loading=judge, best_of=3)
+    np.testing.assert_array_equal(kept["00000.png"], alone[best])
+    folder = make.folder
+    record = read_record(folder / "00000.png")
+    assert record.recipe.seed == seeds[best] and record.batch is record.best_of is record.origin.clip is None
+    assert record.chosen == {
+        "candidates": 3,
+        "score": pytest.approx(scores[best]),
+        "clip_hash": read_record(folder / "sheet.png").origin.clip_hash,
+    }
+    assert f", CLIP score: {scores[best]:.4f}, Version: " in media.read_text(folder / "00000.png")["parameters"]
+    for name in ("00000.png", "sheet.png"):
+        np.testing.assert_array_equal(make(recipe=str(folder / name))["00000.png"], alone[best])
+
+
+def test_the_best_of_several_for_each_prompt(make, judge, clip, tmp_path):
+    """Of n pictures, candidate j of the k-th has seed + k + j n, whatever is made at once."""
+    prompts, fields = ["a red circle", "a blue square"], {"seed": 10, "batch_size": 2, **FEW}
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    given = {"prompts_file": str(tmp_path / "prompts.txt")}
+    rounds = [make({**fields, "seed": seed}, **given) for seed in (10, 12)]
+    kept = make(fields, loading=judge, best_of=2, **given)
+    folder = make.folder
+    for k, prompt in enumerate(prompts):
+        name = f"{k:05d}.png"
+        best = int(clip.scores(np.stack([made[name] for made in rounds]), [prompt]).argmax())
+        np.testing.assert_array_equal(kept[name], rounds[best][name])
+        assert read_recipe(folder / name).seed == 10 + k + 2 * best
+        np.testing.assert_array_equal(make(recipe=str(folder / name))["00000.png"], kept[name])
+
+
+def test_what_the_best_of_several_needs(make, judge):
+    with pytest.raises(ValueError, match=r"^--best_of=2 needs a CLIP that chooses: give it as --clip=PATH$"):
+        make({"prompt": "a star", **FEW}, best_of=2)
+    with pytest.raises(ValueError, match="^--best_of=0: at least 1"):
+        make({"prompt": "a star", **FEW}, loading=judge, best_of=0)
+    with pytest.raises(ValueError, match="give both or neither"):
+        make({"prompt": "a star", **FEW}, loading=judge)
 
 
 # -- Grids -----------------------------------------------------------------------------------------------------------

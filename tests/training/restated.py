@@ -17,7 +17,7 @@ from sd_jax.training.context import Context, EmptyPrompt
 from sd_jax.types import NoiseScheduleConfig
 from tests.training import tiny_xl
 
-TIMESTEP, NOISE, POSTERIOR, DROPOUT, OFFSET, PYRAMID, PERTURBATION = range(7)
+TIMESTEP, NOISE, POSTERIOR, DROPOUT, OFFSET, PYRAMID, PERTURBATION, LEVEL, SMALL_PICTURE = range(9)
 EMPTY = (np.full((5, 48), 2.0, np.float32), np.full(24, 3.0, np.float32))
 
 
@@ -65,8 +65,11 @@ def times(name, u, mean, scale):
     }[name]()
 
 
-def errors(step_key, batch, context, batch_size=8, network=0.4):
-    """(squared error, min-SNR weight, timestep) of each image, under the context's config; not of pyramid noise."""
+def errors(step_key, batch, context, batch_size=8, network=0.4, beside=0.0):
+    """(squared error, min-SNR weight, timestep) of each image, under the context's config; not of pyramid noise.
+
+    beside: what the network adds for what it is shown besides.
+    """
     cfg, schedule = context.config.diffusion, context.networks.spec.noise_schedule
     slot, count = batch["slot"], len(batch["slot"])
     mean, logvar = np.split(batch["moments"].astype(np.float64), 2, axis=-1)
@@ -87,7 +90,7 @@ def errors(step_key, batch, context, batch_size=8, network=0.4):
 
     target = {"epsilon": n, "v_prediction": a * n - b * x0, "sample": x0, "flow": n - x0}[schedule.prediction_type]
     given = (a * x0 + b * seen) / ((a + b) if schedule.prediction_type == "flow" else 1)
-    output = network * given + (1e-3 * timestep + 0.1 * said)[:, None, None, None]
+    output = network * given + (1e-3 * timestep + 0.1 * said)[:, None, None, None] + beside
     snr, gamma = abar / (1 - abar), cfg.min_snr_gamma
     divided = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1, "flow": (np.sqrt(snr) + 1) ** 2}
     weight = np.minimum(snr, gamma) / divided[schedule.prediction_type] if gamma else np.ones(count)

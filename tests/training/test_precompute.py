@@ -1,12 +1,17 @@
 """Latents and text made once, and pictures of several sizes: whole runs of the tiny pretraining configs."""
 
+import ast
+
 import jax
 import numpy as np
 import pytest
 
+from configs import sd15_pretrain_256
 from sd_jax.checkpoints import read
 from sd_jax.checkpoints.native import read_params
+from sd_jax.data import cache
 from sd_jax.sampling.pipeline import Pipeline, load
+from sd_jax.training.loop import train
 from tests.checkpoints.tiny import assert_same
 from tests.training import doors, processes
 
@@ -20,12 +25,60 @@ FLAGS = (
 AT_ONCE = ("--config.data.cache_latents=False", "--config.data.cache_text=False")
 
 
+def config_of_flags():
+    config = sd15_pretrain_256.get_config("runlocal")
+    config.update_from_flattened_dict(
+        {
+            flag.removeprefix("--config.").split("=", 1)[0]: ast.literal_eval(flag.split("=", 1)[1])
+            for flag in FLAGS
+            if flag.startswith("--config.")
+        }
+    )
+    return config
+
+
+def shards_of(workdir):
+    """{shard: when it was written}"""
+    return {path: path.stat().st_mtime_ns for path in (workdir / "cache").rglob("*.safetensors")}
+
+
 @pytest.fixture(scope="module")
-def cached(tmp_path_factory):
+def precomputed(tmp_path_factory):
+    """A workdir of which only the caches are there, and these."""
+    workdir, config = tmp_path_factory.mktemp("cached"), config_of_flags()
+    config.mesh.fsdp = 4  # which this machine has not
+    train(config, workdir, only_caches=True)
+    return workdir, shards_of(workdir)
+
+
+@pytest.fixture(scope="module")
+def cached(precomputed):
     """A run over pictures of several sizes, latents and text states computed before."""
-    workdir = tmp_path_factory.mktemp("cached")
-    doors.run("train.py", *FLAGS, f"--workdir={workdir}")
-    return workdir
+    doors.run("train.py", *FLAGS, f"--workdir={precomputed[0]}")
+    return precomputed[0]
+
+
+def test_caches_are_filled_once(precomputed, monkeypatch):
+    workdir, shards = precomputed
+    assert {path.parent.name for path in shards} == {"train", "held_out"}
+    assert not (workdir / "checkpoints").exists() and not (workdir / "metrics.jsonl").exists()
+    monkeypatch.setattr(cache, "make", None)
+    train(config_of_flags(), workdir, only_caches=True)
+    filled = f"the caches in {workdir / 'cache'} are filled: the same command without --precompute trains"
+    assert (workdir / "log.txt").read_text().count(filled) == 2
+
+
+def test_a_run_encodes_nothing_that_was_precomputed(precomputed, cached):
+    assert shards_of(cached) == precomputed[1]
+
+
+def test_to_precompute_there_must_be_caches(tmp_path):
+    done = doors.run("train.py", "--precompute", *FLAGS, *AT_ONCE, f"--workdir={tmp_path}/run", check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "error: --precompute fills caches, and this run has none: set config.data.cache_latents or "
+        "config.data.cache_text to True"
+    )
 
 
 def test_there_is_a_program_for_each_size_and_no_other(cached):
