@@ -33,22 +33,26 @@ def main() -> None:
     parser.add_argument("--models", type=pathlib.Path, default=pathlib.Path("runs/shapes_ladder"), help="plain_0, ...")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=128, help="for each seed")
-    parser.add_argument("--candidates", type=int, default=8)
-    parser.add_argument("--scales", default="1,4", help="of guidance")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--candidates", type=int, default=8, help="to re-rank; 0 = do not")
+    parser.add_argument("--scales", default="8", help="of guidance")
+    parser.add_argument("--clamp", type=float, default=0.8, help="of guidance")
+    parser.add_argument("--sampler", default="euler_ancestral")
+    parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
     clip, noised = sd_jax.load_clip(options.clip), sd_jax.load_clip(options.noised)
     for two_objects in (0.0, 0.5):
         print(f"two objects {two_objects:.0%}:", _retrieval(clip, two_objects), flush=True)
     found: dict[str, list[float]] = {}
     for seed in range(options.seeds):
-        draw = _Draw(sd_jax.load(options.models / f"plain_{seed}"), seed, options.prompts, options.steps)
+        recipe = {"guidance_scale": 1.0, "steps": options.steps, "sampler": options.sampler}
+        draw = _Draw(sd_jax.load(options.models / f"plain_{seed}"), seed, options.prompts, recipe)
         found.setdefault("neither", []).append(draw.mean(draw()))
-        best = draw.best_of(clip, options.candidates)
-        found.setdefault(f"best of {options.candidates}", []).append(draw.mean(best))
+        if options.candidates:
+            best = draw.best_of(clip, options.candidates)
+            found.setdefault(f"best of {options.candidates}", []).append(draw.mean(best))
         for name, guide in (("plain CLIP", clip), ("CLIP of noised pictures", noised)):
             for scale in map(float, options.scales.split(",")):
-                guided = draw(clip=guide, clip_guidance_scale=scale)
+                guided = draw(clip=guide, clip_guidance_scale=scale, clip_guidance_clamp=options.clamp)
                 found.setdefault(f"{name}, scale {scale:g}", []).append(draw.mean(guided))
         print(f"seed {seed}:", {name: round(values[-1], 3) for name, values in found.items()}, flush=True)
     print("\n| | all attributes | least, most | more than neither, least |\n|---|---|---|---|")
@@ -93,13 +97,13 @@ def _wrong(scene, rng):
 class _Draw:
     """Pictures of one seed's prompts, the same noise in every call with the same `number`."""
 
-    def __init__(self, pipe, seed: int, count: int, steps: int):
-        self.pipe, self.seed, self.steps = pipe, seed, steps
+    def __init__(self, pipe, seed: int, count: int, recipe: dict):
+        self.pipe, self.seed, self.recipe = pipe, seed, recipe
         self.scenes = evaluation_scenes("seen", count, seed=seed)
         self.captions = [full_caption(scene) for scene in self.scenes]
 
     def __call__(self, number: int = 0, **options) -> np.ndarray:
-        settings = {"guidance_scale": 1.0, "steps": self.steps, "sampler": "dpmpp_2m", **options}
+        settings = {**self.recipe, **options}
         seed, size = 10**6 * self.seed + 10**4 * number, 32
         return np.concatenate(
             [
