@@ -141,6 +141,7 @@ def test_other_methods_do_not_train_an_upscaler(tmp_path):
 # --- A run -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_in_pixels_makes_an_upscaler(tmp_path, monkeypatch):
     """Pictures are walked on the spot: what the walk is given, the tests of the job say."""
     walks = []
