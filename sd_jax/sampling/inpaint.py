@@ -85,4 +85,4 @@ def _start(pipe, recipe, pixels, mask) -> Start:
         small_mask = None
     strength = STRENGTH if recipe.strength is None else recipe.strength
     from_noise = strength >= 1 and recipe.strength_steps == "diffusers"  # the others add noise to the picture
-    return Start(clean.shape[1:3], clean, strength, small_mask, concat, from_noise)
+    return Start(clean.shape[1:3], clean, strength, small_mask, concat, from_noise=from_noise)
