@@ -7,6 +7,9 @@ what is not given has the field's default, or the model's own.
     --refiner=PATH [--refiner_switch=0.8]        another model walks the last steps, as SDXL's refiner does
     --clip=PATH --clip_guidance_scale=0.5        a CLIP guides, best one that was trained on noised pictures
     --clip=PATH --best_of=8                      of eight candidates each, that which a CLIP finds nearest the prompt
+    --adapter=FILE:0.8 --adapter=OTHER           a LoRA or its kin, or a hypernetwork, on the model; several add up
+    --embeddings=DIR                             words of textual inversion, for prompts to say
+    --adapter_folder=DIR                         where `<lora:name:0.8>` in a prompt finds its file
     --recipe=PICTURE                             make that picture again; other flags win over its recipe
     --grid="sampler=euler,heun;steps=10,20"      a picture for each combination, and OUT/grid.png in place of the sheet
     --prompts_file=FILE --batch_size=8           a picture for each line, eight at a time
@@ -40,9 +43,12 @@ INPUTS = {
     "recipe": "A picture to make again, of ours or of A1111.",
     "grid": "Up to three axes: field=value,value;field=first-last (+step).",
     "prompts_file": "A prompt a line.",
+    "embeddings": "A file of textual inversion, or a folder of them: words that prompts may say.",
+    "adapter_folder": "Where <lora:name:0.8> in a prompt finds its file.",
 }
 for name, text in (LOADING | {"init_image": "The picture to start from."} | INPUTS).items():
     flags.DEFINE_string(name, {"dtype": "float32", "weights": "ema"}.get(name), text)
+flags.DEFINE_multi_string("adapter", [], "PATH, PATH:STRENGTH or PATH:STRENGTH:TEXT_STRENGTH; may be given again.")
 flags.DEFINE_integer("best_of", None, "Candidates for each picture, of which the CLIP keeps the nearest to its prompt.")
 flags.DEFINE_string("out", "samples", "The folder that pictures are written to.")
 flags.DEFINE_enum("format", "png", FORMATS, "Of the pictures.")
@@ -69,7 +75,9 @@ def main(argv: list[str]) -> None:
 
     try:
         fields = {name: read_value(name, str(value)) for name, value in given(FIELDS).items()}
-        files = {"image": options.init_image, "out": pathlib.Path(options.out)} | given((*INPUTS, "best_of"))
+        files = {"image": options.init_image, "out": pathlib.Path(options.out), "adapters": options.adapter} | given(
+            (*INPUTS, "best_of")
+        )
         for path in carry_out(Order(fields, given(LOADING), format=options.format, previews=options.previews, **files)):
             print(path)
     except (ValueError, OSError, FloatingPointError) as error:

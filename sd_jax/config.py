@@ -9,6 +9,8 @@ import pathlib
 
 from ml_collections import ConfigDict
 
+ADAPTING = ("lora", "lcm_lora", "textual_inversion", "hypernetwork")  # methods that leave the model as it is
+
 
 def parse_arg(arg: str | None, **defaults) -> ConfigDict:
     """The text after the colon of `--config=file.py:arg` as a ConfigDict with the keys of `defaults`.
@@ -77,7 +79,8 @@ def training_defaults(method: str) -> ConfigDict:
     config.ema_decays = (0.9999,)  # a running average of the weights for each; samples are made from the first
 
     config.data = ConfigDict()
-    config.data.path = "shapes"  # "shapes", a folder of pictures, or whatever datasets.load_dataset takes
+    config.data.path = "shapes"  # "shapes", a folder of pictures, or whatever datasets.load_dataset takes; where all
+    # pictures lie in folders named as in "10_name class", each counts so often, and the rest may be its caption
     config.data.image_key = "image"
     config.data.held_out = 0.05  # share of the records kept for the held-out loss
     config.data.num_workers = 2  # threads that decode
@@ -98,6 +101,8 @@ def training_defaults(method: str) -> ConfigDict:
 
     # Captions: columns joined by commas, of which each example reads one
     config.data.caption_key = "text"
+    config.data.caption_from_names = False  # of a folder's pictures that have none: "blue_star-012.png" = "blue star"
+    config.data.prompt = ""  # the caption of pictures that have none
     config.data.caption_weights = ()  # how often each column is read, relative to the others; empty = alike
     config.data.tag_separator = ""  # of captions that are tags, e.g. ","; empty = they are prose
     config.data.keep_tags = 0  # so many first tags are neither moved nor left out
@@ -111,13 +116,16 @@ def training_defaults(method: str) -> ConfigDict:
     config.data.cache_dir = ""  # empty = the workdir's own
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"  # or "muon"
+    config.optimizer.name = "adamw"  # or "adamw8bit", "muon", "lion", "adafactor", "prodigy": training/optimizers.py
     config.optimizer.learning_rate = 1e-4
+    config.optimizer.rates = ()  # of groups: pairs of a pattern of re.search and what the rate of the parameters is
+    # multiplied by whose path it finds, e.g. (("text_encoder/", 0.1), ("attn2", 2.0)); the first that does counts
     config.optimizer.schedule = "constant"  # after the warm-up: "constant", "cosine" or "linear" to zero
     config.optimizer.warmup_steps = 100
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.weight_decay = 0.01
+    config.optimizer.l2_sp = 0.0  # a pull back to the weights that the run began with; see training/anchor.py
     config.optimizer.clip_norm = 1.0
 
     if method in ("clip", "features", "aesthetic"):
@@ -143,9 +151,9 @@ def training_defaults(method: str) -> ConfigDict:
         config.init_clip = ""  # any path that load_clip takes, or a run of method "clip"
         config.data.rating_key = "rating"  # the column of the ratings, which are numbers
         config.aesthetic = ConfigDict({"loss": "ratings"})  # or "pairs": which of two is rated higher
-    elif method in ("full", "super_resolution"):
+    elif method in ("full", "dreambooth", "super_resolution", *ADAPTING):
         config.diffusion = ConfigDict()
-        config.diffusion.train_text_encoder = True
+        config.diffusion.train_text_encoder = method not in ADAPTING
         config.diffusion.text_chunks = 1  # of 75 tokens: 3 = captions of up to 225
         config.diffusion.clip_skip = 0  # the text encoders' layer, 1 = last; 0 = the family's own
         config.diffusion.caption_dropout = 0.1  # share of the images whose conditioning is that of the empty prompt
@@ -156,14 +164,54 @@ def training_defaults(method: str) -> ConfigDict:
         config.diffusion.noise_offset = 0.0  # share of noise that is one number for a whole channel
         config.diffusion.pyramid_discount = 0.0  # of noise at each coarser size; 0 = white noise
         config.diffusion.input_perturbation = 0.0  # noise beyond what the network is to predict
+        config.diffusion.masked_loss = False  # counts what is white in a picture's mask: a file of its name in a folder
+        # masks/ beside it, else its alpha channel
         config.diffusion.eval_bins = 4  # of timesteps, each with a held-out loss of its own
         config.samples = ConfigDict()  # the grid that is drawn while training
-        if method == "full":
+        if method != "super_resolution":
             config.samples.prompts = ("a red circle", "a blue square")
         config.samples.sampler = "dpmpp_2m"
         config.samples.schedule = "normal"
         config.samples.steps = 20
         config.samples.guidance_scale = 5.0
+    if "diffusion" in config and method != "super_resolution":
+        config.prior = ConfigDict()  # other pictures, mixed in so that what the model knew is kept
+        config.prior.path = ""  # where they are, as data.path has it
+        config.prior.prompt = ""  # the caption of those that have none; without a path the model makes them of this,
+        # before the run; with neither nothing is mixed in
+        config.prior.count = 200  # that are made
+        config.prior.share = 0.5  # of every batch
+        config.prior.weight = 1.0  # of their loss, relative to the others'
+    if method in ("lora", "lcm_lora"):
+        config.adapter = ConfigDict({"algorithm": "lora"})  # or "loha", "lokr": adapters/deltas.py has them all
+        config.adapter.rank = 8
+        config.adapter.alpha = 0.0  # what is added counts alpha / rank; 0 = the rank
+        config.adapter.rslora = False  # alpha / sqrt(rank) instead
+        config.adapter.dora = False  # length and direction of the weights apart; every step makes them anew
+        config.adapter.factor = -1  # of LoKr's first matrix, at most; -1 = near a square
+        # Patterns of re.search in "part/path", or (pattern, rank) or (pattern, rank, alpha); the first match counts.
+        # These are kohya's: all linears and 1x1 convolutions of the U-Net's transformers
+        config.adapter.targets = (
+            r"unet/.*attentions_\d+/(proj_in|proj_out|.*/(to_q|to_k|to_v|to_out_0|net_0/proj|net_2))$",
+        )
+        config.adapter.format = "kohya"  # of adapter.safetensors; or "diffusers", which is PEFT's
+    if method == "lcm_lora":
+        config.consistency = ConfigDict({"solver_steps": 50})  # of the teacher's walk, of which it learns to skip all
+        config.consistency.guidance_min = 5.0  # of the teacher, drawn evenly
+        config.consistency.guidance_max = 15.0
+    elif method == "textual_inversion":
+        config.textual_inversion = ConfigDict()
+        config.textual_inversion.tokens = ()  # word, vectors and words that it starts as: ("<sks>", 2, "star")
+        config.textual_inversion.keep_norm = True  # vectors stay as long as they were at first
+    elif method == "hypernetwork":
+        config.hypernetwork = ConfigDict({"layer_structure": (1, 2, 1)})  # widths, in those of what is changed
+        config.hypernetwork.widths = ()  # of what is changed; empty = all that attentions read
+        config.hypernetwork.activation = "linear"  # one of adapters/hypernetwork.py
+        config.hypernetwork.activate_output = False
+        config.hypernetwork.layer_norm = False
+        config.hypernetwork.weight_init = "normal"
+    if method in ADAPTING:
+        config.ema_decays = (0.0,)  # the last weights
     if method == "super_resolution":
         config.super_resolution = ConfigDict({"factor": 4})  # the small picture is so much smaller,
         config.super_resolution.max_noise_level = 350  # and noised at a level below this, of 1000

@@ -3,7 +3,8 @@
     DIRECTORY/<step>/state   the arrays, a pytree with at least `params`; `ema` averages all or some of the same tree,
                              and `averages` holds more of them by their decay: {"0.999": ...}
     DIRECTORY/<step>/data    JSON: where the data stood, the same for every process
-    DIRECTORY/<step>/meta    JSON: {"spec": ModelSpec.to_dict(), "step": ..., "tokenizer": a folder beside it or null}
+    DIRECTORY/<step>/meta    JSON: {"spec": ModelSpec.to_dict(), "step": ..., "tokenizer": a folder beside it or null};
+                             of an adapter alone also "adapter_of": the model that it is for
     DIRECTORY/<step>/manifest.json   size and checksum of each of these files, see checkpoints/manifest.py
 
 Orbax renames a step's folder once all of it is written, so a killed run leaves no half checkpoint that looks whole;
@@ -253,6 +254,11 @@ def read_params(
     step = _choose(directory, _steps(directory), step)
     folder = directory / str(step)
     meta, stored = _read_json(folder, "meta"), _state_metadata(folder)
+    if "adapter_of" in meta:
+        raise CheckpointError(
+            f"{folder}: an adapter of {meta['adapter_of'] or 'another model'}, not a model: load that, and give "
+            f"{directory.parent} as an adapter"
+        )
 
     # Which tree each leaf is taken from: an average need not have them all
     average = _average(weights, stored, folder)

@@ -36,9 +36,17 @@ _CODE = {
 
 # Config keys that explain why sizes or captions are others
 _SETTINGS = {
-    "sizes": ("data.resolution", "data.buckets", "data.upscale", "batch_size"),
+    "sizes": ("data.resolution", "data.buckets", "data.upscale", "batch_size", "prior.share"),
+    "masks": ("diffusion.masked_loss",),
     "captions": (
-        *("data.cache_captions", "data.caption_key", "data.caption_weights", "data.tag_separator", "data.keep_tags"),
+        *(
+            "data.cache_captions",
+            "data.caption_key",
+            "data.prompt",
+            "data.caption_weights",
+            "data.tag_separator",
+            "data.keep_tags",
+        ),
         *("data.shuffle_tags", "data.tag_dropout", "diffusion.text_chunks", "diffusion.clip_skip", "seed"),
     ),
     "dtype": ("dtype",),
@@ -47,6 +55,7 @@ _SAID = {
     "records": "other pictures (some were added, removed or changed)",
     "sizes": "other sizes of its pictures",
     "time_ids": "another model (it reads other numbers of sizes and crops)",
+    "masks": "masks or without",
     "captions": "other captions",
     "dtype": "another type of numbers",
     "picture_code": "another version of sd_jax (what it does to pictures has changed)",
@@ -61,7 +70,8 @@ logger = getLogger(__name__)
 
 class Cached:
     """The records of a source with "moments", float32 [h, w, 2 channels], in place of "pixels", and "time_ids" where
-    the model reads them; where text is cached "contexts" [k, tokens, width] and "pooleds" [k, width] as well.
+    the model reads them; where masks are read "mask", uint8 [h, w], the share of each moment that counts; where text is
+    cached "contexts" [k, tokens, width] and "pooleds" [k, width] as well.
 
     With both cached there are no "fields". A record of a damaged shard raises BadImage with the shard's name.
     """
@@ -217,6 +227,7 @@ def _made_from(source, assignment, config, encode, keys, num_time_ids) -> dict[s
         of_record = hashlib.sha256(np.ascontiguousarray(assignment.of_record, "<i8"))
         made_from["sizes"] = fingerprints.digest(repr(assignment.sizes), of_record.hexdigest())
         made_from |= {"time_ids": str(num_time_ids), "vae": keys["vae"], "picture_code": code["picture_code"]}
+        made_from |= {"masks": "kept"} if config.diffusion.masked_loss else {}
     if encode.captions is not None:
         seen = hashlib.sha256(repr((config.diffusion.text_chunks, config.diffusion.clip_skip)).encode())
         for index in range(len(source)):
@@ -248,7 +259,7 @@ def _setting(config: Config, key: str):
     """A value of the config as JSON has it."""
     value = config
     for part in key.split("."):
-        value = value[part]
+        value = value.get(part, {})  # not every method has every key
     value = value.to_dict() if hasattr(value, "to_dict") else value
     return json.loads(json.dumps(value, default=list))
 

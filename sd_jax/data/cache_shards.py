@@ -2,6 +2,7 @@
 
     "moments"    float32 [n, h, w, 2 channels]   the autoencoder's mean and log-variance, where latents are cached
     "time_ids"   float32 [n, numbers]            where the model reads them
+    "mask"       uint8 [n, h, w]                 the share of each of the above that counts, where masks are read
     "contexts"   [n, k, tokens, width]           the text encoders' states of k captions, where text is cached
     "pooleds"    [n, k, width]                   where they have any
     "records"    int64 [n]                       places in the source
@@ -25,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt32
+from jaxtyping import UInt8, UInt32
 from tqdm import tqdm
 
 from sd_jax.checkpoints.aside import aside
@@ -34,7 +35,7 @@ from sd_jax.checkpoints.read_safetensors import open_file, write
 from sd_jax.data import captions
 from sd_jax.data.loader import BadFiles
 from sd_jax.data.sources import Config, Source, Subset
-from sd_jax.data.transforms import draws, fit, time_ids
+from sd_jax.data.transforms import Fitted, draws, fit, time_ids
 from sd_jax.media import BadImage
 
 _SHARD_BYTES = 2**26
@@ -44,7 +45,7 @@ _BATCH_PIXELS = 2**21  # and fewer of large ones: 8 of 512x512
 
 Size = tuple[int, int] | None  # height and width of pictures; None = they are not encoded
 
-_NAMES = ("moments", "time_ids", "contexts", "pooleds")
+_NAMES = ("moments", "time_ids", "mask", "contexts", "pooleds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,16 +114,16 @@ def make(
     Raises DataError where most pictures cannot be read, OSError where a shard cannot be written.
     """
 
-    def read(index: int, size: Size) -> tuple[np.ndarray, np.ndarray] | BadImage:
+    def read(index: int, size: Size) -> tuple[Fitted, np.ndarray] | BadImage:
         try:
-            pixels = source[index]["pixels"]
+            record = source[index]
         except BadImage as error:
             return error
-        fitted = fit(pixels, size)
+        fitted = fit(record["pixels"], size, mask=record.get("mask"))
         if not num_time_ids:
-            return fitted.pixels, np.zeros(0, np.float32)
-        whole = source.full_size(index) or pixels.shape[:2]
-        return fitted.pixels, time_ids(whole, fitted.crop, size, num_time_ids)
+            return fitted, np.zeros(0, np.float32)
+        whole = source.full_size(index) or record["pixels"].shape[:2]
+        return fitted, time_ids(whole, fitted.crop, size, num_time_ids)
 
     total = sum(len(shard.records) for shard in shards)
     counter = BadFiles(total)
@@ -155,14 +156,17 @@ def make(
 
 
 def _encode_pictures(shard, results, encode, config, num_time_ids, counter, bar) -> tuple[dict, dict]:
-    """(the shard's moments and time_ids, zeros where a picture is bad; {row: (name, reason)} of those)."""
-    moments, ids, bad = [], np.zeros((len(shard.records), num_time_ids), np.float32), {}
+    """(the shard's moments, time_ids and masks, zeros where a picture is bad; {row: (name, reason)} of those)."""
+    moments, masks, ids, bad = [], [], np.zeros((len(shard.records), num_time_ids), np.float32), {}
     size = _batch_size(config, shard.size)
     for at in range(0, len(shard.records), size):
         batch, pixels = next(results), np.zeros((size, *shard.size, 3), np.uint8)
+        mask = np.full((len(batch), *shard.size), 255, np.uint8)
         for slot, result in enumerate(batch):
             if not isinstance(result, BadImage):
-                pixels[slot], ids[at + slot] = result
+                fitted, ids[at + slot] = result
+                pixels[slot] = fitted.pixels
+                mask[slot] = 255 if fitted.mask is None else fitted.mask
         encoded = np.array(np.asarray(encode.pictures(pixels))[: len(batch)], np.float32)
         for slot, result in enumerate(batch):
             if not np.isfinite(encoded[slot]).all():
@@ -173,8 +177,16 @@ def _encode_pictures(shard, results, encode, config, num_time_ids, counter, bar)
             else:
                 counter.good()
         moments.append(encoded)
+        masks.append(_shares(mask, encoded.shape[1:3]))
         bar.update(len(batch))
-    return {"moments": np.concatenate(moments), **({"time_ids": ids} if num_time_ids else {})}, bad
+    arrays = {"moments": np.concatenate(moments), **({"time_ids": ids} if num_time_ids else {})}
+    return {**arrays, **({"mask": np.concatenate(masks)} if config.diffusion.masked_loss else {})}, bad
+
+
+def _shares(mask: UInt8[np.ndarray, "n height width"], size: tuple[int, int]) -> UInt8[np.ndarray, "n h w"]:
+    """Means over the pixels that each of `size`, (h, w), stands for."""
+    (n, height, width), (h, w) = mask.shape, size
+    return np.round(mask.reshape(n, h, height // h, w, width // w).mean((2, 4))).astype(np.uint8)
 
 
 def _states(encode: Encode, texts: list[str], config: Config) -> dict[str, np.ndarray]:

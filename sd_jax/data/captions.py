@@ -96,7 +96,7 @@ def choose(
     data: ConfigDict | FrozenConfigDict,  # config.data, as `check` passes it
     rng: np.random.Generator | None = None,  # None = the first caption that there is, with all its tags in their order
 ) -> str:
-    """The caption that an example is trained with; "" where its record has none.
+    """The caption that an example is trained with; `data.prompt` where its record has none.
 
     A column is drawn by the weights of those that say something of this record, then one of its captions evenly. A
     column of weight 0 is never read.
@@ -104,7 +104,7 @@ def choose(
     weights = tuple(data.caption_weights) or (1.0,) * len(fields)
     spoken = [(texts, weight) for texts, weight in zip(fields, weights, strict=False) if texts and weight > 0]
     if not spoken:
-        return ""
+        return data.prompt
     if rng is None:
         return spoken[0][0][0]
     texts = spoken[0][0]

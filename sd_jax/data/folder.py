@@ -4,15 +4,19 @@ import csv
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from logging import getLogger
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
+from PIL import Image, ImageOps
 
 from sd_jax import media
 from sd_jax.data import DataError, fingerprints, headers
 from sd_jax.data.captions import CAPTION_KEYS, IMAGE_KEYS, choose_key, choose_keys, texts_of
+from sd_jax.media import BadImage
 
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -40,7 +44,12 @@ def pictures_in(root: pathlib.Path) -> list[str]:
 
 
 class FolderSource:
-    """Pictures below `root` in the order of their names; where a metadata file speaks for a folder, those it lists."""
+    """Pictures below `root` in the order of their names; where a metadata file speaks for a folder, those it lists.
+
+    A picture's caption is in the metadata or in a .txt file of its name: both are an error. Where all pictures lie in
+    folders named "10_name class" (`repeats_of`), `repeats` says how often each counts, and those without a caption have
+    "name class". Pictures in a folder masks/, of the same names as others beside that folder, are masks.
+    """
 
     def __init__(
         self,
@@ -49,44 +58,66 @@ class FolderSource:
         image_key: str,  # the column of metadata with the file's name, where it is not `file_name`
         caption_key: str,  # the columns of metadata with captions, joined by commas; "" = no captions at all
         at_least: int | None = None,  # as `media.decode_image` takes it
+        beside: bool = True,  # whether files and folders beside the metadata have captions; not of what is no caption
+        from_names: bool = False,  # whether a picture without a caption is called by its own name, `words_of`
+        masked: bool = False,  # whether records have a "mask", uint8 [height, width]
     ):
-        self._root, self._at_least = root, at_least
+        self._root, self._at_least, self._masked = root, at_least, masked
         self._captioned = bool(caption_key)
         listed, spoken_for = _read_metadata(root, files, image_key, caption_key)
-        loose = [f for f in files if _is_picture(f) and f not in listed]
-        unlisted = [f for f in loose if spoken_for and any(f.startswith(folder) for folder in spoken_for)]
+        pictures = {f for f in files if _is_picture(f)}
+        self._masks = {f: mask for f, mask in _masks_of(pictures | set(listed)).items() if mask not in listed}
+        masks = set(self._masks.values())
+        loose = pictures - set(listed) - masks
+        unlisted = {f for f in loose if spoken_for and any(f.startswith(folder) for folder in spoken_for)}
         if unlisted:
             logger.warning("%d pictures in %s are not in its metadata and are left out", len(unlisted), root)
-        self._files: list[str] = sorted({*listed, *loose} - set(unlisted))
+        if masks and not masked:
+            logger.info("%d masks in %s are not read: see config.diffusion.masked_loss", len(masks), root)
+        self._files: list[str] = sorted((loose - unlisted).union(listed))
         if not self._files:
             raise DataError(f"data.path={str(root)!r} holds no pictures ({', '.join(PICTURES)})")
-        texts = {f for f in files if f.endswith(".txt")}
-        # Where captions are: in the metadata, or in a .txt file
-        self._listed = listed
-        self._texts = {f: text for f in self._files if f not in listed and (text := _beside(f)) in texts}
+        named = repeats_of(root, self._files) if beside else {}
+        # How often each picture counts in an epoch
+        self.repeats = np.array([named[_folder_of(f)].times if named else 1 for f in self._files], np.int64)
+        # Where captions are: in a .txt file; else in `_told`, by metadata or names
+        self._texts: dict[str, str] = {}
+        self._told = dict(listed)
         if self._captioned:
-            silent = sum(not (any(listed[f]) if f in listed else f in self._texts) for f in self._files)
-            if silent:
-                logger.warning(
-                    "%d of %d pictures in %s have no caption: theirs is empty", silent, len(self._files), root
-                )
+            self._find_captions(files if beside else [], named, from_names and beside)
+
+    def _find_captions(self, files: list[str], named: dict[str, "Repeats"], from_names: bool) -> None:
+        texts = {f for f in files if f.endswith(".txt")}
+        self._texts = {f: text for f in self._files if (text := _beside(f)) in texts}
+        for f in self._files:
+            told = any(self._told.get(f, ()))
+            if told and f in self._texts:
+                raise DataError(f"{self._root / f}: has two captions, in metadata and in a .txt file: remove one")
+            words = named[_folder_of(f)].words if named else words_of(f) if from_names else ""
+            if words and not told:
+                self._told[f] = ((words,),)
+        silent = sum(f not in self._texts and not any(self._told.get(f, ())) for f in self._files)
+        if silent:
+            logger.warning(
+                "%d of %d pictures in %s have no caption: theirs is empty", silent, len(self._files), self._root
+            )
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> dict:
-        pixels = media.decode_image(self._root / self._files[index], at_least=self._at_least)
-        return {"pixels": pixels, "fields": self.fields(index), "index": index}
+        path = self._root / self._files[index]
+        pixels = media.decode_image(path, at_least=self._at_least)
+        mask = {"mask": self._mask(index, pixels.shape[:2])} if self._masked else {}
+        return {"pixels": pixels, "fields": self.fields(index), "index": index, **mask}
 
     def fields(self, index: int) -> tuple[tuple[str, ...], ...]:
-        """Of a .txt file one field alone."""
+        """Of a .txt file, and of a name, one field alone."""
         file = self._files[index]
         if not self._captioned:
             return ()
-        if file in self._listed:
-            return self._listed[file]
         if file not in self._texts:
-            return ((),)
+            return self._told.get(file, ((),))
         try:
             return (texts_of((self._root / self._texts[file]).read_bytes()),)
         except OSError:  # it was there when the folder was read
@@ -100,8 +131,80 @@ class FolderSource:
         return headers.full_size(self._root / self._files[index])
 
     def fingerprint(self) -> str:
-        """Of the pictures alone: captions are read afresh every time."""
-        return fingerprints.of_files(self._root / file for file in self._files)
+        """Of the pictures alone, and their masks: captions are read afresh every time."""
+        masks = [self._masks[file] for file in self._files if file in self._masks] if self._masked else []
+        return fingerprints.of_files(self._root / file for file in (*self._files, *masks))
+
+    def _mask(self, index: int, size: tuple[int, int]) -> UInt8[np.ndarray, "height width"]:
+        """Of a picture that was decoded in this size: its own file, else its alpha channel, else white."""
+        file = self._files[index]
+        if file not in self._masks:
+            return _alpha(self._root / file, size)
+        path = self._root / self._masks[file]
+        pixels = media.decode_image(path)
+        if abs(pixels.shape[0] * size[1] - pixels.shape[1] * size[0]) > 0.02 * pixels.shape[0] * size[1]:
+            height, width = pixels.shape[:2]
+            raise BadImage(str(path), f"a mask of {width}x{height} for a picture of another shape, {size[1]}x{size[0]}")
+        return np.asarray(Image.fromarray(pixels).convert("L").resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+# -- What names say --------------------------------------------------------------------------------------------------
+
+MOST_REPEATS = 1000  # a greater number before a folder's name is a year, or no number of repeats
+
+
+class Repeats(NamedTuple):
+    times: int  # that each picture of a folder counts in an epoch
+    words: str  # the caption of those that have none
+
+
+def repeats_of(root: pathlib.Path, files: list[str]) -> dict[str, Repeats]:
+    """The folders of pictures, as kohya's scripts name them: "10_name class" = 10 times "name class".
+
+    {} unless every picture's own folder is named so, with a number from 1 to MOST_REPEATS that begins with no 0: of
+    folders named "2023_summer", or "01_red" beside "02_blue", the numbers are no repeats. The log tells what was
+    decided. A picture deeper in such a folder lies in another one.
+    """
+    folders = sorted({_folder_of(file) for file in files})
+    found = {folder: re.fullmatch(r"([1-9]\d*)_(.+)", folder.split("/")[-1]) for folder in folders}
+    others = [folder for folder, match in found.items() if not match or int(match[1]) > MOST_REPEATS]
+    if others:
+        if len(others) < len(folders):
+            said = (root, next(f for f in folders if f not in others), others[0] or ".")
+            logger.info("%s: no number in a folder's name is one of repeats: %s is named so, %s is not", *said)
+        return {}
+    named = {folder: Repeats(int(match[1]), " ".join(match[2].split())) for folder, match in found.items()}
+    said = ", ".join(f"those in {folder!r} {repeats.times}" for folder, repeats in named.items())
+    logger.info("%s: times that pictures count, by the names of their folders: %s", root, said)
+    return named
+
+
+def words_of(file: str) -> str:
+    """The name of a file as a caption: "a/blue_star-012.png" -> "blue star"."""
+    stem = os.path.splitext(os.path.basename(file))[0]
+    return re.sub(r"\s*\(?\d+\)?$", "", " ".join(re.split(r"[\s_-]+", stem)).strip())
+
+
+def _masks_of(files: set[str]) -> dict[str, str]:
+    """Picture -> its mask, of those that have one."""
+    stems = {os.path.splitext(file)[0]: file for file in sorted(files)}
+    at = lambda file: os.path.normpath(f"{file}/../masks/{os.path.splitext(os.path.basename(file))[0]}")  # noqa: E731
+    return {file: mask for file in files if (mask := stems.get(at(file)))}
+
+
+def _alpha(path: pathlib.Path, size: tuple[int, int]) -> UInt8[np.ndarray, "height width"]:
+    """The alpha channel of a picture that has been decoded in this size; white where it has none."""
+    with Image.open(path) as image:
+        if not image.has_transparency_data:
+            return np.full(size, 255, np.uint8)
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGBA").getchannel("A"))
+
+
+def _folder_of(file: str) -> str:
+    return file.rpartition("/")[0]
+
+
+# -- Files -----------------------------------------------------------------------------------------------------------
 
 
 def _walk(root: pathlib.Path) -> Iterator[str]:
@@ -156,6 +259,10 @@ def _read_metadata(
             if not row.get(names):
                 raise DataError(f"{where}: record {number} has no {names}")
             picture = os.path.normpath(folder + str(row[names])).replace(os.sep, "/")
+            if texts and picture in listed:
+                raise DataError(
+                    f"{root / picture}: has two captions, one in record {number} of {where} and one before it: keep one"
+                )
             listed[picture] = tuple(texts_of(row.get(column)) for column in texts)
     return listed, tuple(folders)
 

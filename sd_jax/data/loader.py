@@ -20,6 +20,7 @@ import numpy as np
 
 from sd_jax.data import DataError, captions
 from sd_jax.data.buckets import Assignment, Size
+from sd_jax.data.mixed import Mixed
 from sd_jax.data.order import Order
 from sd_jax.data.sources import Config, Source, assign_sizes
 from sd_jax.data.transforms import draws, fit, time_ids
@@ -76,7 +77,8 @@ class Loader:
     cached "moments" (float32 [b, h/f, w/f, 2c]) stands for pixels, where text is cached "context" [b, tokens, width]
     and, if there is any, "pooled" [b, width] stand for ids, without a tokenizer there are none, and a model that reads
     them has "time_ids" as well (float32 [b, numbers], see `transforms.time_ids`). Where `config.data.rating_key` names
-    a column, "rating" is what it says (float32 [b]).
+    a column, "rating" is what it says (float32 [b]). A source that is `Mixed` has "loss_weight" (float32 [b]). Where
+    `config.diffusion.masked_loss` "mask" says how much of each pixel or moment counts (uint8 [b, h, w], 255 = wholly).
     """
 
     def __init__(
@@ -98,7 +100,8 @@ class Loader:
         self._num_records, self._batch_size, self._seed = len(source), config.batch_size, config.seed
         share = config.batch_size // process_count
         self._slots = np.arange(process_index * share, (process_index + 1) * share)  # of each global batch, ours
-        self._order = Order(assignment, config.batch_size, config.seed)
+        mixture = source.mixture if isinstance(source, Mixed) else None
+        self._order = Order(assignment, config.batch_size, config.seed, mixture)
         self._prepare = _Preparation(source, tokenize, config, num_time_ids)
         self._workers = config.data.num_workers
         self._pool = ThreadPoolExecutor(self._workers, "loader") if self._workers else None
@@ -137,7 +140,7 @@ class Loader:
             else:
                 self.bad_files.good()
                 return example
-            members = self._order.members[number]
+            members = self._order.like(number, record)
             record = int(members[np.random.default_rng((self._seed % 2**32, place, attempt)).integers(len(members))])
         height, width = self.sizes[number]
         raise DataError(f"{_TRIES} pictures of size {height}x{width} in a row could not be read, the last was {last}")
@@ -264,6 +267,7 @@ class _Preparation:
         self._source, self._tokenize, self._num_time_ids = source, tokenize, num_time_ids
         self._data, self._seed = config.data, config.seed
         self._random_crop, self._random_flip = config.data.crop == "random", config.data.random_flip
+        self._masked = "diffusion" in config and config.diffusion.masked_loss
 
     def example(self, number: int, size: Size, place: int | None) -> dict[str, Any]:
         """The record at its place in the stream; at None with nothing random. Raises BadImage."""
@@ -278,11 +282,15 @@ class _Preparation:
             example["caption"] = captions.choose(record["fields"], self._data, rng)
         if "rating_key" in self._data:
             example["rating"] = self._rating(record)
+        if "loss_weight" in record:
+            example["loss_weight"] = record["loss_weight"]
         if "moments" in record:
-            return example | {name: record[name] for name in ("moments", "time_ids") if name in record}
+            return example | {name: record[name] for name in ("moments", "time_ids", "mask") if name in record}
         flip = rng is not None and self._random_flip and bool(rng.random() < 0.5)
-        fitted = fit(record["pixels"], size, rng if self._random_crop else None, flip)
+        fitted = fit(record["pixels"], size, rng if self._random_crop else None, flip, record.get("mask"))
         example["pixels"] = fitted.pixels
+        if self._masked:
+            example["mask"] = np.full(size, 255, np.uint8) if fitted.mask is None else fitted.mask
         if self._num_time_ids:
             whole = self._source.full_size(number) or record["pixels"].shape[:2]
             example["time_ids"] = time_ids(whole, fitted.crop, size, self._num_time_ids)

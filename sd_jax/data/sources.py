@@ -3,6 +3,7 @@
 Every source has a length, and record i is {"pixels": uint8 [height, width, 3], "fields": its captions, "index": i},
 decoded when it is asked for. Of the columns that `config.data.caption_key` names, each has in "fields" a tuple of what
 it says of this record, as `captions.choose` reads it. A broken picture raises BadImage at that moment and not before.
+Where masks are read there is "mask" as well, uint8 [height, width], 255 where the picture counts.
 """
 
 import hashlib
@@ -56,10 +57,10 @@ class Source(Protocol):
 def open_source(config: Config) -> Source:
     """Opens `config.data.path`.
 
-    "shapes" is shapes world. A folder of pictures has captions in `.txt` files of the same stem, or in metadata.jsonl,
-    .csv or .parquet files (`file_name`, and a column of captions). A folder, file or pattern of webdataset tars is read
-    where it lies. All else is for Hugging Face `datasets`: a folder or file of parquet, arrow or json, what
-    `save_to_disk` wrote, or the name of a set on the hub.
+    "shapes" is shapes world. A folder of pictures has captions in `.txt` files of the same stem, in metadata.jsonl,
+    .csv or .parquet files (`file_name`, and a column of captions), or in names (see `folder.FolderSource`). A folder,
+    file or pattern of webdataset tars is read where it lies. All else is for Hugging Face `datasets`: a folder or file
+    of parquet, arrow or json, what `save_to_disk` wrote, or the name of a set on the hub.
     `config.data.caption_key=""` reads no captions; where `config.data.rating_key` is, its column is read in their
     place.
     Raises FileNotFoundError or DataError, each naming the key and the mend.
@@ -68,14 +69,22 @@ def open_source(config: Config) -> Source:
     name = str(data.path)
     if not name:
         raise DataError("data.path is empty: give a folder of pictures, a data set's name, or 'shapes'")
+    path = pathlib.Path(name).expanduser()
+    files = folder.pictures_in(path) if name != "shapes" and path.is_dir() else []
+    masked = "diffusion" in config and config.diffusion.masked_loss
+    if masked and not files:
+        raise DataError(
+            f"config.diffusion.masked_loss: data.path={name!r} is no folder of pictures, and has no masks: set it to "
+            "False"
+        )
     if name == "shapes":
         return ShapesSource(config)
-    path = pathlib.Path(name).expanduser()
     keys = (data.image_key, data.get("rating_key") or data.caption_key)
     # A picture of at least these sides covers every size that it is trained at
     at_least = max(2 * data.resolution, *(max(size) for size in buckets.make_sizes(data)))
-    if path.is_dir() and (files := folder.pictures_in(path)):
-        return folder.FolderSource(path, files, *keys, at_least)
+    if files:
+        beside = not data.get("rating_key")
+        return folder.FolderSource(path, files, *keys, at_least, beside, data.caption_from_names, masked)
     if found := tars.tars_of(name):
         return tars.TarSource(found, name, *keys, at_least)
     return hub.open_dataset(name, *keys, at_least)
@@ -85,6 +94,13 @@ def captions(source: Source, most: int = _MOST_CAPTIONS) -> Iterator[str]:
     """The captions of a source, without its pictures; of more than `most` records, that many, evenly spread."""
     for index in np.linspace(0, len(source) - 1, min(len(source), most)).astype(np.int64):
         yield from itertools.chain.from_iterable(source.fields(int(index)))
+
+
+def repeats_of(source: Source) -> Int64[np.ndarray, " records"]:
+    """How often each record counts in an epoch: once, but of folders whose names say another number."""
+    if isinstance(source, Subset):
+        return repeats_of(source.source)[source.positions]
+    return source.repeats if isinstance(source, folder.FolderSource) else np.ones(len(source), np.int64)
 
 
 def assign_sizes(source: Source, config: Config) -> buckets.Assignment:

@@ -16,6 +16,7 @@ class Fitted(NamedTuple):
 
     pixels: UInt8[np.ndarray, "height width 3"]
     crop: tuple[int, int]  # pixels above it and left of it, in the whole picture as it was resized and mirrored
+    mask: UInt8[np.ndarray, "height width"] | None = None  # cut as the picture is
 
 
 def draws(seed: int, index: int, position: int) -> np.random.Generator:
@@ -28,6 +29,7 @@ def fit(
     size: tuple[int, int],  # height and width
     rng: np.random.Generator | None = None,  # cut at a random place; None = in the middle
     flip: bool = False,  # mirror it left to right
+    mask: UInt8[np.ndarray, "height width"] | None = None,  # to be cut as the picture is
 ) -> Fitted:
     """A picture resampled (Lanczos) to the least that covers `size` with its aspect kept, and cut to `size`."""
     whole = pixels.shape[:2]
@@ -36,15 +38,19 @@ def fit(
     part = [min(wanted * down / up, side) for wanted, side in zip(size, whole, strict=True)]  # of the picture as it is
     room = [(side * up - wanted * down) // up for wanted, side in zip(size, whole, strict=True)]
     top, left = (int(rng.integers(most + 1)) for most in room) if rng is not None else (most // 2 for most in room)
-    if up == down:
-        pixels = pixels[top : top + size[0], left : left + size[1]]
-    else:
-        # That part alone: a long thin picture resampled whole could take any amount of memory
-        box = (left, top, min(left + part[1], whole[1]), min(top + part[0], whole[0]))
-        pixels = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.LANCZOS, box))
-    if flip:
-        pixels, left = pixels[:, ::-1], whole[1] - (left + part[1])  # in the mirrored picture
-    return Fitted(np.ascontiguousarray(pixels), (round(top * up / down), round(left * up / down)))
+
+    def cut(pixels):
+        if up == down:
+            pixels = pixels[top : top + size[0], left : left + size[1]]
+        else:
+            # That part alone: a long thin picture resampled whole could take any amount of memory
+            box = (left, top, min(left + part[1], whole[1]), min(top + part[0], whole[0]))
+            pixels = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.LANCZOS, box))
+        return np.ascontiguousarray(pixels[:, ::-1] if flip else pixels)
+
+    begin = whole[1] - (left + part[1]) if flip else left  # in the picture as it is mirrored
+    crop = (round(top * up / down), round(begin * up / down))
+    return Fitted(cut(pixels), crop, None if mask is None else cut(mask))
 
 
 def time_ids(

@@ -77,9 +77,11 @@ def denoising_losses(
     cfg: NoiseScheduleConfig,
     min_snr_gamma: float | None = None,
     input_noise: Float[Array, "batch *dims"] | None = None,  # None = `noise`
+    mask: Float[Array, "batch *rest"] | None = None,  # times the squared error; None = 1
 ) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
     """(mean squared error of the raw output, weight) of each example, in float32; the loss is mean(error * weight)."""
     batch = noised(latents, noise, timesteps, cfg, input_noise)
     output = predict(batch.model_input, timesteps.astype(jnp.float32), conditioning).astype(jnp.float32)
-    error = jnp.mean((output - batch.target) ** 2, axis=tuple(range(1, output.ndim)))
+    squared = (output - batch.target) ** 2
+    error = jnp.mean(squared if mask is None else squared * mask, axis=tuple(range(1, output.ndim)))
     return error, min_snr_weights(batch.sigma, cfg.prediction_type, min_snr_gamma)

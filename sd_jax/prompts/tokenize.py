@@ -3,18 +3,25 @@
 Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019) in CLIP's form: text is lower-cased and
 NFC-normalised, words end in `</w>`, sequences are `<|startoftext|> ... <|endoftext|>`. Ids 0-255 are the bytes, 256-511
 the bytes that end a word, then one id per merge, and the two marks come last.
+
+Words may be added, each of one id or several (textual inversion). Wherever one stands in a text, in capitals or not, it
+is its ids and is not split; a word of letters or digits is not found within a longer one. In files the first id has the
+word's name and the others `word_1`, `word_2`, ..., as diffusers has them.
 """
 
+import copy
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 import tempfile
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -48,6 +55,7 @@ class Tokenizer:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_padding()  # we pad and cut ourselves: these settings are shared state, not an argument
         self._backend.no_truncation()
+        self._counts = _ids_of_words(tokenizer.get_added_vocab())
         self.vocab_size: int = len(tokenizer)
         self.bos_token_id: int = tokenizer.bos_token_id
         self.eos_token_id: int = tokenizer.eos_token_id
@@ -68,7 +76,7 @@ class Tokenizer:
         length = self.max_length if max_length is None else max_length
         ids = np.full((len(texts), length), self.pad_token_id, np.int32)
         for row, text in zip(ids, texts, strict=True):
-            found = self._backend.encode(text).ids
+            found = self._spread(self._backend.encode(text).ids)
             if len(found) > length:
                 dropped = self.text_from(text, length - 2)
                 warnings.warn(f"prompt too long, dropped: {dropped!r}", UserWarning, stacklevel=2)
@@ -78,15 +86,45 @@ class Tokenizer:
 
     def token_ids(self, text: str) -> list[int]:
         """Ids of the words of one text: no start, no end, no padding, however many."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self._spread(self._backend.encode(text, add_special_tokens=False).ids)
 
     def text_from(self, text: str, token: int) -> str:
         """The end of a text, from the token of that number (of `token_ids`) on; the word that it lies in is whole."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         words = encoding.word_ids
+        token = [place for place, i in enumerate(encoding.ids) for _ in range(self._counts.get(i, 1))][token]
         while token > 0 and words[token] == words[token - 1]:
             token -= 1
         return text[encoding.offsets[token][0] :].strip()
+
+    def with_tokens(self, words: Mapping[str, int]) -> "Tokenizer":
+        """One that knows more words, each of so many ids; this one stays as it is. Ids go on from `vocab_size`.
+
+        Raises ValueError, naming the word and the mend, for one that is a token already.
+        """
+        from tokenizers import AddedToken
+
+        hf = copy.deepcopy(self._hf)
+        for word, count in words.items():
+            before, _, number = word.rpartition("_")
+            if count < 1:
+                raise ValueError(f"word {word!r} of {count} vectors: give it at least one")
+            if not word.strip() or any(mark in word for mark in (START, END)):
+                raise ValueError(f"{word!r} cannot be a word of its own: choose another name")
+            if len(hf.backend_tokenizer.encode(word, add_special_tokens=False).ids) == 1:
+                other = f"my-{word.strip('<>')}"
+                raise ValueError(f"{word!r} is a token of {self.source} already: choose another name, such as {other}")
+            if number.isdigit() and before in hf.get_added_vocab():
+                raise ValueError(f"{word!r} would be a further vector of {before!r}: choose another name")
+            # Else "cat" would be found in "catalog". Beside other signs than letters there is no such danger
+            whole = re.match(r"\w", word) is not None or re.search(r"\w$", word) is not None
+            names, first = [word, *(f"{word}_{n}" for n in range(1, count))], len(hf)
+            hf.add_tokens([AddedToken(name, single_word=whole, normalized=True) for name in names])
+            if hf.convert_tokens_to_ids(names) != list(range(first, first + count)):
+                raise ValueError(f"one of {', '.join(names)} is a token already: choose another name than {word!r}")
+        grown = Tokenizer(hf, self.source)
+        grown.pad_token_id = self.pad_token_id
+        return grown
 
     def check(self, config: CLIPTextConfig | FeaturesConfig) -> None:
         """Raises ValueError where an id has no row in what reads it, `config`."""
@@ -108,10 +146,14 @@ class Tokenizer:
         transformers of version 4 and 5, and so diffusers, read them and give the same ids.
         """
         model = json.loads(self._backend.to_str())["model"]
-        added = {token: i for token, i in self._hf.get_added_vocab().items() if token not in model["vocab"]}
+        added = {i: token for i, token in self._hf.added_tokens_decoder.items() if token.content not in model["vocab"]}
         marks = {name: getattr(self._hf, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         _write(pathlib.Path(folder), model["vocab"], merges, self.max_length, marks, added)
+
+    def _spread(self, ids: Sequence[int]) -> list[int]:
+        """With all ids of the words that were added, of which the library knows the first alone."""
+        return [i + n for i in ids for n in range(self._counts.get(i, 1))]
 
     def _check_vocabulary(self) -> None:
         """transformers opens a folder without vocabulary as a tokenizer of two tokens, silently; so look."""
@@ -120,9 +162,21 @@ class Tokenizer:
         ids = self._backend.encode(_PROBE).ids
         if ids[0] != self.bos_token_id or ids[-1] != self.eos_token_id:
             raise ValueError(f"tokenizer {self.source} does not frame text in {START} and {END}: {_MEND}")
-        again = self._backend.decode(ids[1:-1])
+        again = self._backend.decode(ids[1:-1]).replace("</w>", " ").lower()  # added words are as they were given
         if "".join(again.split()) != "".join(_PROBE.lower().split()):
             raise ValueError(f"tokenizer {self.source} turns {_PROBE!r} into {again!r}: {_MEND}")
+
+
+def _ids_of_words(added: Mapping[str, int]) -> dict[int, int]:
+    """{first id: number of ids} of the words that have several: word, word_1, word_2, ... with ids in a row."""
+    counts = {}
+    for word, first in added.items():
+        count = 1
+        while added.get(f"{word}_{count}") == first + count:
+            count += 1
+        if count > 1:
+            counts[first] = count
+    return counts
 
 
 # -- Opening ---------------------------------------------------------------------------------------------------------
@@ -257,7 +311,7 @@ def _write(
     merges: Sequence[Sequence[str]],
     max_length: int,
     marks: dict[str, str],
-    added: dict[str, int],
+    added: Mapping[int, Any],  # tokenizers' AddedToken, by id
 ) -> None:
     """Writes aside, then renames, so that a crash leaves no half tokenizer."""
     config = {
@@ -268,6 +322,11 @@ def _write(
         "model_max_length": max_length,
         "tokenizer_class": "CLIPTokenizer",
     }
+    if added:  # how they are found in a text; added_tokens.json says their ids alone
+        flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+        config["added_tokens_decoder"] = {
+            str(i): {flag: getattr(token, flag) for flag in flags} for i, token in added.items()
+        }
     ordered = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
     files = {
         "vocab.json": json.dumps(ordered, ensure_ascii=False),
@@ -276,7 +335,8 @@ def _write(
         "special_tokens_map.json": json.dumps(marks, indent=2) + "\n",
     }
     if added:
-        files["added_tokens.json"] = json.dumps(added, indent=2, ensure_ascii=False) + "\n"
+        ids = {token.content: i for i, token in added.items()}
+        files["added_tokens.json"] = json.dumps(ids, indent=2, ensure_ascii=False) + "\n"
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

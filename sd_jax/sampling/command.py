@@ -54,6 +54,9 @@ class Order:
     recipe: str | None = None  # a picture to make again; what is given above wins over what it says
     grid: str | None = None  # see grid.py
     prompts_file: str | None = None
+    adapters: Sequence[str] = ()  # PATH, PATH:STRENGTH or PATH:STRENGTH:STRENGTH_IN_TEXT_ENCODERS, in their order
+    embeddings: str | None = None  # a file of textual inversion, or a folder of them
+    adapter_folder: str | None = None  # where `<lora:name:0.8>` finds its file
     best_of: int | None = None  # candidates for each picture, see `_best_of`
     out: pathlib.Path = pathlib.Path("samples")
     format: str = "png"  # of the pictures, one of media.FORMATS
@@ -100,6 +103,14 @@ def carry_out(order: Order) -> Iterator[pathlib.Path]:
     if loading["refiner"] is not None:
         weights = loading["weights"].partition(":")[0]  # of which average is for the model alone
         refiner = load(loading["refiner"], weights=weights, **{name: loading[name] for name in ("dtype", "tokenizer")})
+    worn = adapters_of(order.adapters) if order.adapters else ([] if told.origin is None else told.origin.adapters)
+    folders = {
+        name: getattr(order, name) or getattr(told.origin, name, None) for name in ("embeddings", "adapter_folder")
+    }
+    pipe = pipe if folders["embeddings"] is None else pipe.with_adapter(folders["embeddings"])
+    for each in worn:
+        pipe = pipe.with_adapter(each["path"], each["strength"], each["text_strength"])
+    pipe = pipe if folders["adapter_folder"] is None else pipe.with_tags(folders["adapter_folder"])
     clip = load_clip(loading["clip"], loading["dtype"]) if loading["clip"] is not None else None
 
     # What is made at once
@@ -116,6 +127,7 @@ def carry_out(order: Order) -> Iterator[pathlib.Path]:
     each = zip(work, guides, strict=True)
     steps = sum(pipe.steps_of(batch.recipe, image, mask, depth, refiner, guide) for batch, guide in each)
     origin = _origin(loading, {"image": image, "mask": mask, "depth": depth})
+    origin = dataclasses.replace(origin, adapters=worn, **folders)
     _tell_differences(order, told, origin)
 
     # Pictures
@@ -166,6 +178,22 @@ def read_prompts(path: str) -> list[str]:
     if not prompts:
         raise ValueError(f"{path}: no prompts in it")
     return prompts
+
+
+def adapters_of(texts: Sequence[str]) -> list[dict[str, Any]]:
+    """What `--adapter=PATH:STRENGTH` means, as an Origin keeps it. Raises ValueError for a strength that is none."""
+    found = []
+    for text in texts:
+        path, *numbers = text.split(":") if not pathlib.Path(text).exists() else [text]
+        try:
+            strengths = [float(number) for number in numbers] or [1.0]
+            strength, text_strength = {1: strengths * 2, 2: strengths}[len(strengths)]
+        except (ValueError, KeyError):
+            raise ValueError(f"--adapter={text}: give PATH, PATH:STRENGTH or PATH:STRENGTH:TEXT_STRENGTH") from None
+        path = pathlib.Path(path).absolute()
+        sha256 = hash_of_file(path) if path.is_file() else None
+        found.append({"path": str(path), "strength": strength, "text_strength": text_strength, "sha256": sha256})
+    return found
 
 
 def _input(order: Order, told: Record, name: str) -> str | None:

@@ -32,6 +32,7 @@ from sd_jax.diffusion.predictions import along_batch, prediction
 from sd_jax.diffusion.samplers_ode import SamplerOptions
 from sd_jax.models.clip import CLIP
 from sd_jax.models.networks import Networks
+from sd_jax.sampling import adapters
 from sd_jax.sampling.conditioning import Rows, Told, of_call, tell
 from sd_jax.sampling.tiles import tiled_denoiser
 from sd_jax.types import AnyArray, Conditioning, Latents, Params, Recipe
@@ -76,6 +77,7 @@ def denoise(
     """Latents of the pictures, float32. Raises ValueError, naming the field, for what cannot be made."""
     if recipe.batch_size < 1:
         raise ValueError(f"batch_size={recipe.batch_size}: at least 1 is needed")
+    pipe, prompt = adapters.put_on_tagged(pipe, prompt)
     models = [pipe] if refiner is None else [pipe, refiner]
     for model in models:
         _check_channels(model, start)
@@ -137,12 +139,13 @@ def denoise(
         blind_from=None if start.mask is None else np.float32(ladder.sigmas[begin] if start.from_noise else np.inf),
         concat=None if start.concat is None else _for_each(start.concat, batch, "image"),
         clip=None if clip is None else _clip(pipe, clip, prompt, batch, recipe),
+        adapters=None,
     )
     for model, heard, first, last in zip(models, told, turns[:-1], turns[1:], strict=True):
         walk = functools.partial(
             _walk,
             model._part("unet"),
-            run._replace(told=heard),
+            run._replace(told=heard, adapters=adapters.of_unet(model.adapters, row.calls * recipe.steps)),
             networks=model.networks,
             sampler=recipe.sampler,
             tile=_tile(pipe, recipe),
@@ -357,6 +360,7 @@ class _Run(NamedTuple):
     blind_from: Any  # with a mask: the sigma from which up the model sees nothing of the picture
     concat: Any
     clip: _Clip | None
+    adapters: adapters.On | None  # of the U-Net
 
 
 # A program of its own: so the same noise, given by hand, makes the same picture to the bit
@@ -395,7 +399,8 @@ def _walk(
         conditioning = of_call(run.told.table, shown.rows, call[...])
         if shown.concat is not None:
             model_input = jnp.concatenate([model_input, shown.concat.astype(model_input.dtype)], axis=-1)
-        return networks.unet.apply({"params": params}, model_input, timesteps, conditioning)
+        unet = adapters.wearing(networks, run.adapters, call[...]).unet
+        return unet.apply({"params": params}, model_input, timesteps, conditioning)
 
     def of_place(shown: _Shown, of_tile) -> _Shown:
         return shown._replace(concat=None if shown.concat is None else of_tile(shown.concat))

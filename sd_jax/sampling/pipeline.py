@@ -1,9 +1,10 @@
 """A loaded model and the jobs that it does: what `sd_jax.load` returns."""
 
+import copy
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from logging import getLogger
 from typing import Any
 
@@ -23,7 +24,7 @@ from sd_jax.models.vae import to_image, to_pixels
 from sd_jax.names import hint
 from sd_jax.prompts.encode import encode_texts
 from sd_jax.prompts.tokenize import Tokenizer, load_tokenizer
-from sd_jax.sampling import hires_fix, image_to_image, inpaint, text_to_image, upscale
+from sd_jax.sampling import adapters, hires_fix, image_to_image, inpaint, text_to_image, upscale
 from sd_jax.sampling.clip import Clip
 from sd_jax.sampling.conditioning import refuse_untold, time_ids
 from sd_jax.sampling.denoising import Given, Start, check_finite, count_walked
@@ -97,6 +98,8 @@ class Pipeline:
         self._params = dict(params)
         self._on_device: set[str] = set()  # parts
         self.networks = Networks.of(spec, dtype)
+        self.adapters: tuple[adapters.Worn, ...] = ()  # of `with_adapter`, in their order
+        self.tag_folder: pathlib.Path | None = None  # of `with_tags`
         self._tokenizer = tokenizer
 
     @property
@@ -129,6 +132,45 @@ class Pipeline:
         """Of each text encoder's states, in the order in which they are joined."""
         return tuple(config.hidden_size for config in self.spec.text_encoders.values())
 
+    # --- Adapters ----------------------------------------------------------------------------------------------------
+
+    def with_adapter(
+        self,
+        path: Any,  # a file, a folder of embeddings, a workdir; or layers as `sd_jax.adapters.deltas` has them
+        strength: adapters.Schedule = 1.0,  # in the U-Net; or (share of the steps from which on, strength) pairs
+        text_strength: float | None = None,  # in the text encoders; None = that of the U-Net
+        blocks: Mapping[str, float] | None = None,  # pattern of re.search in "part/path": times so much; first match
+    ) -> "Pipeline":
+        """A new pipeline with an adapter on, over those that this one has. This one stays as it is.
+
+        Of the LoRA family (kohya's, LyCORIS', PEFT's files), a hypernetwork (A1111's), or embeddings of textual
+        inversion, which prompts then call by their tokens. Another strength, or another adapter of the same shapes,
+        compiles nothing. Raises FileNotFoundError or CheckpointError, naming file and key, for what does not belong
+        to this model; ValueError for a strength that is none, or a pattern that finds no layer.
+        """
+        return adapters.put_on(self, path, strength, text_strength, blocks)
+
+    def with_tags(self, folder: str | pathlib.Path) -> "Pipeline":
+        """A new pipeline that does what `<lora:name:0.8>`, `<lyco:...>` and `<hypernet:...>` in a prompt ask for, with
+        the files of this folder and the folders in it. Without, such tags are left out with a warning."""
+        folder = pathlib.Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no such folder: {folder}")
+        return self.changed(tag_folder=folder)
+
+    def merge_adapters(self) -> "Pipeline":
+        """A new pipeline with the LoRA family's changes in its weights: as fast as a model without. Hypernetworks,
+        which change no weights, stay on. Raises ValueError where a strength changes on the way."""
+        return adapters.merge_into(self)
+
+    def changed(self, **attributes) -> "Pipeline":
+        """The same pipeline but for these attributes; parameters are shared."""
+        other = copy.copy(self)
+        other._params, other._on_device = dict(self._params), set(self._on_device)
+        for name, value in attributes.items():
+            setattr(other, name, value)
+        return other
+
     # --- The parts ---------------------------------------------------------------------------------------------------
 
     def encode_prompts(
@@ -145,7 +187,8 @@ class Pipeline:
     def encode_tokens(self, ids: TokenIds, clip_skip: int | None = None) -> Conditioning:
         """`clip_skip` as A1111 counts: 1 = last layer; None = the family's own (SD 1.x: 1, SDXL: 2)."""
         params = {part: self._part(part) for part in self.spec.text_encoders}
-        return _encode_tokens(params, self.networks, jnp.asarray(ids, jnp.int32), clip_skip)
+        on = adapters.of_text_encoders(self.adapters)
+        return _encode_tokens(params, self.networks, jnp.asarray(ids, jnp.int32), clip_skip, on)
 
     def predict(
         self,
@@ -162,7 +205,9 @@ class Pipeline:
             ids, _ = time_ids(self.spec, Recipe(), *size)
             ids = None if ids is None else jnp.broadcast_to(jnp.asarray(ids)[None], (len(latents), len(ids)))
             conditioning = conditioning.replace(time_ids=ids)
-        return _predict(self._part("unet"), self.networks, jnp.asarray(latents), jnp.asarray(timesteps), conditioning)
+        on = adapters.of_unet(self.adapters, 1)
+        latents, timesteps = jnp.asarray(latents), jnp.asarray(timesteps)
+        return _predict(self._part("unet"), self.networks, latents, timesteps, conditioning, on)
 
     def encode_image(self, image: Image | Pixels) -> Latents:
         """uint8 pixels, or floats in [-1, 1], NHWC -> scaled latents, the mean of the posterior.
@@ -387,7 +432,12 @@ class Pipeline:
         return recipe
 
     def save(self, path: str | pathlib.Path, format: str = "diffusers") -> None:
-        """Writes "diffusers" (a folder), "single_file" (.safetensors, CompVis layout) or "native" (a workdir)."""
+        """Writes "diffusers" (a folder), "single_file" (.safetensors, CompVis layout) or "native" (a workdir).
+
+        Raises ValueError where adapters are on, which no such file holds.
+        """
+        if self.adapters:
+            raise ValueError(f"{self.adapters[0].source} is on: save what merge_adapters() gives, or load without it")
         save_checkpoint(path, self.spec, self.params, self._tokenizer_for_saving(format), format=format)
 
     def _tokenizer_for_saving(self, format: str) -> Tokenizer | None:
@@ -459,13 +509,14 @@ def _on_device(tree: Params, dtype: str, where: str | pathlib.Path) -> Params:
 
 
 @functools.partial(sharding.jit, static_argnums=(1, 3))
-def _encode_tokens(params, networks, ids, clip_skip):
-    return networks.encode_text(params, ids, clip_skip)
+def _encode_tokens(params, networks, ids, clip_skip, on):
+    return adapters.wearing(networks, on).encode_text(params, ids, clip_skip)
 
 
 @functools.partial(sharding.jit, static_argnums=1)
-def _predict(params, networks, latents, timesteps, conditioning):
-    return networks.unet.apply({"params": params}, latents, timesteps, conditioning)
+def _predict(params, networks, latents, timesteps, conditioning, on):
+    unet = adapters.wearing(networks, on).unet
+    return unet.apply({"params": params}, latents, timesteps, conditioning)
 
 
 @functools.partial(sharding.jit, static_argnums=1)

@@ -118,7 +118,9 @@ class Origin:
     refiner_hash: str | None = None
     clip: str | None = None  # which guided
     clip_hash: str | None = None
-    adapters: list = dataclasses.field(default_factory=list)
+    embeddings: str | None = None  # a file of textual inversion, or a folder of them
+    adapter_folder: str | None = None  # where the tags of prompts found their files
+    adapters: list = dataclasses.field(default_factory=list)  # {"path", "strength", "text_strength", "sha256"} of each
     image: dict[str, str] | None = None  # {"path", "sha256"} of what it was made from, and of the mask
     mask: dict[str, str] | None = None
     depth: dict[str, str] | None = None

@@ -24,25 +24,42 @@ States = tuple[Float[Array, "batch tokens width"], Float[Array, "batch wide"] | 
 
 
 def conditioning(context: Context, params: Params, batch: dict[str, Array], keys: Keys) -> Conditioning:
-    """What the U-Net is told of each picture, its sizes and crop included.
+    """What the U-Net is told of each picture, its sizes and crop included, some captions dropped.
 
     A dropped caption is what sampling makes of an empty negative prompt: the empty prompt's encoding or, in families
     that were trained so (SDXL), zeros. Context and pooled state go together.
     """
     networks, config, empty = context
     drop = noise.uniform(keys, DROPOUT) < config.diffusion.caption_dropout
-    zeros = networks.spec.force_zeros_for_empty_prompt
+    if "context" not in batch and not networks.spec.force_zeros_for_empty_prompt:  # one text for each picture
+        ids = jnp.where(drop[:, None], jnp.asarray(empty.ids)[None], batch["input_ids"])
+        told = networks.encode_text(params, ids, _clip_skip(config))
+    else:
+        told, nothing = _both(context, params, batch)
+        told = _where(drop, nothing, told)
+    return told.replace(time_ids=batch.get("time_ids"))
+
+
+def told_and_empty(context: Context, params: Params, batch: dict[str, Array]) -> tuple[Conditioning, Conditioning]:
+    """What each picture's caption says, none dropped, and what none at all says, for as many."""
+    told, nothing = _both(context, params, batch)
+    everywhere = jnp.ones(len(batch["slot"]), bool)
+    both = told, _where(everywhere, nothing, told)
+    return tuple(each.replace(time_ids=batch.get("time_ids")) for each in both)
+
+
+def _both(context: Context, params: Params, batch: dict[str, Array]) -> tuple[Conditioning, Conditioning]:
+    """(of the captions, of the empty prompt, for as many or for one)."""
+    networks, config, empty = context
     if "context" in batch:
         told = Conditioning(batch["context"], batch.get("pooled"))
-        if not zeros:
-            told = _where(drop, Conditioning(*(x if x is None else jnp.asarray(x)[None] for x in empty.states)), told)
     else:
-        ids = batch["input_ids"]
-        ids = ids if zeros else jnp.where(drop[:, None], jnp.asarray(empty.ids)[None], ids)
-        told = networks.encode_text(params, ids, _clip_skip(config))
-    if zeros:
-        told = _where(drop, jax.tree.map(jnp.zeros_like, told), told)
-    return told.replace(time_ids=batch.get("time_ids"))
+        told = networks.encode_text(params, batch["input_ids"], _clip_skip(config))
+    if networks.spec.force_zeros_for_empty_prompt:
+        return told, jax.tree.map(jnp.zeros_like, told)
+    if "context" in batch:
+        return told, Conditioning(*(x if x is None else jnp.asarray(x)[None] for x in empty.states))
+    return told, networks.encode_text(params, jnp.asarray(empty.ids)[None], _clip_skip(config))
 
 
 def encode_captions(networks: Networks, params: Mapping[str, Params], ids: TokenIds, config: ConfigDict) -> States:
@@ -105,7 +122,7 @@ def _clip_skip(config: ConfigDict) -> int | None:
 
 
 def _where(drop: Array, nothing: Conditioning, told: Conditioning) -> Conditioning:
-    """`nothing`, of one prompt or of as many, for the pictures that `drop` names."""
+    """`nothing`, of one prompt or of as many, for the pictures that `drop` names; else `told`."""
     choose = lambda no, yes: jnp.where(drop.reshape(-1, *[1] * (yes.ndim - 1)), no, yes)  # noqa: E731
     return jax.tree.map(choose, nothing, told)
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+from sd_jax.data import mixed
 from sd_jax.diffusion import losses, noise, timesteps, training_noise
 from sd_jax.diffusion.predictions import prediction
 from sd_jax.models.networks import Networks
@@ -71,15 +72,16 @@ def _errors(show: Show | None, context: Context, params: Params, batch: Batch, k
             model_input = jnp.concatenate([model_input, beside.channels], axis=-1)
         return networks.unet.apply({"params": params["unet"]}, model_input, timestep, told)
 
+    mask = masks_of(batch, latents.shape[1:3]) if cfg.masked_loss else None
     error, weight = losses.denoising_losses(
-        predict, latents, n, drawn, told, schedule, cfg.min_snr_gamma or None, input_noise
+        predict, latents, n, drawn, told, schedule, cfg.min_snr_gamma or None, input_noise, mask
     )
     return Errors(error, weight, drawn)
 
 
 def _loss(show: Show | None, context: Context, params: Params, batch: Batch, keys: Keys):
     errors = _errors(show, context, params, batch, keys, context.config.batch_size)
-    return jnp.mean(errors.error * errors.weight), {}
+    return jnp.mean(errors.error * errors.weight * batch.get("loss_weight", jnp.float32(1.0))), {}
 
 
 def _held_out(show: Show | None, context: Context, params: Params, batch: Batch, keys: Keys) -> Sums:
@@ -112,6 +114,13 @@ def _bins(config: ConfigDict, spec: ModelSpec) -> list[tuple[int, int]]:
     return [(steps * i // count, steps * (i + 1) // count - 1) for i in range(count)]
 
 
+def masks_of(batch: Batch, size: tuple[int, int]) -> Float[Array, "batch h w 1"]:
+    """The share of each latent that counts, from 0 to 1: the mean over the pixels that it stands for."""
+    (h, w), (n, height, width) = size, batch["mask"].shape
+    shares = batch["mask"].astype(jnp.float32).reshape(n, h, height // h, w, width // w) / 255
+    return shares.mean((2, 4))[..., None]
+
+
 def latents_of(networks: Networks, params: Params, batch: Batch, keys: Keys) -> Array:
     """Scaled latents, a sample of the posterior; no gradient reaches the encoder."""
     if "moments" in batch:
@@ -132,6 +141,8 @@ def check(config: ConfigDict, spec: ModelSpec) -> None:
     for key, largest in {**most, "eval_bins": schedule.num_train_timesteps}.items():
         if not 0 <= cfg[key] <= largest:
             raise ValueError(f"config.diffusion.{key}={cfg[key]}: give a number from 0 (none) to {largest}")
+    if mixed.mixes(config):
+        mixed.count_of(config)
     if config.data.cache_latents and "vae" not in spec.parts:
         raise ValueError("config.data.cache_latents: this model works on pixels and has no latents, set it to False")
     if cfg.noise_offset and cfg.pyramid_discount:

@@ -22,7 +22,7 @@ from sd_jax import config as configs
 from sd_jax import distributed, hardware, media, sharding, trees
 from sd_jax.checkpoints.native import Checkpoints
 from sd_jax.checkpoints.place import gather, place
-from sd_jax.data import loader, sources
+from sd_jax.data import loader, mixed, sources
 from sd_jax.training import evaluate, samples, setup, start
 from sd_jax.training.context import Context
 from sd_jax.training.methods import method_of
@@ -31,6 +31,7 @@ from sd_jax.training.nonfinite import Nonfinite, Verdict
 from sd_jax.training.optimizers import learning_rate
 from sd_jax.training.precompute import precompute
 from sd_jax.training.preemption import Preempted, Preemption
+from sd_jax.training.prior import prior_folder
 from sd_jax.training.stages import Stages, Throughput
 from sd_jax.training.state import TrainState
 from sd_jax.training.step import MappedStep
@@ -76,6 +77,7 @@ def _train(config, workdir, dry_run, started, profile, only_caches, journal, sta
     # --- Model -------------------------------------------------------------------------------------------------------
     source = sources.open_source(config)
     train_source, held_out = sources.split_held_out(source, config.data.held_out, config.seed)
+    opened = {"train": train_source, "held_out": held_out}
     captions = functools.partial(sources.captions, train_source)
     model = start.build_model(config, method, workdir, captions, dry_run)
     make_state = functools.partial(setup.initial_state, config, method, model.networks)
@@ -89,11 +91,13 @@ def _train(config, workdir, dry_run, started, profile, only_caches, journal, sta
     journal.open(workdir, config.total_steps)
 
     # --- Cache -------------------------------------------------------------------------------------------------------
-    assignment = sources.assign_sizes(train_source, config)
-    both = {"train": train_source, "held_out": held_out}
+    if mixed.mixes(config):
+        with stages("prior"):
+            opened["prior"] = mixed.open_prior(config, prior_folder(config, model, workdir))
+    assignments = mixed.assign(train_source, opened.get("prior"), config)
     with stages("cache"):
         folder = pathlib.Path(config.data.cache_dir or workdir / "cache")
-        both, empty = precompute(config, model, both, assignment, folder)
+        cached, empty = precompute(config, model, opened, assignments, folder)
     if only_caches:
         journal.log(f"the caches in {folder} are filled: the same command without --precompute trains")
         return
@@ -110,14 +114,17 @@ def _train(config, workdir, dry_run, started, profile, only_caches, journal, sta
         # What the step does not read stays with the host, for checkpoints and samples
         kept = {part: model.loaded.pop(part) for part in setup.cached_parts(config, model.networks.spec)}
         kept = gather(kept, "float32", where=config.init)
+        loaded = {}
+        if not resumes or method.adapting is not None:
+            there = None if step.pmap else sharding.state_shardings(model.loaded, mesh)
+            dtype = jnp.float32 if method.adapting is None else None
+            loaded = place(model.loaded, dtype, there, where=config.init)
         if resumes:
-            state, data_state = _restore(checkpoints, step, kept)
+            state, data_state = _restore(checkpoints, step, kept, loaded if method.adapting else None)
             first_step = int(state.step)
         else:
-            there = None if step.pmap else sharding.state_shardings(model.loaded, mesh)
-            loaded = place(model.loaded, jnp.float32, there, where=config.init)
             state = sharding.jit(make_state, once=True, out_shardings=None if step.pmap else step.shardings)(loaded)
-            del loaded
+        del loaded
         state = step.place_state(state)
     model.loaded.clear()
     journal.rewind(first_step)
@@ -126,10 +133,11 @@ def _train(config, workdir, dry_run, started, profile, only_caches, journal, sta
         raise Preempted(first_step)
 
     # --- Data --------------------------------------------------------------------------------------------------------
-    batches = loader.make_loader(both["train"], tokenize, config, assignment, start_state=data_state, **told)
+    read, assignment = mixed.stream(opened, cached, assignments, config)
+    batches = loader.make_loader(read, tokenize, config, assignment, start_state=data_state, **told)
     slots = _slots(config.batch_size)
     stream = loader.prefetch(batches, lambda batch: step.place_batch(_arrays(batch, slots)))
-    shown = both["held_out"] if len(held_out) else both["train"]
+    shown = cached["held_out"] if len(held_out) else cached["train"]
     fixed = [_arrays(batch, slots) for batch in loader.fixed_batches(shown, tokenize, config, **told)]
     # Of one process, what one device holds alone (pmap), and batches too small to be split, stay as they are
     over_mesh = not step.pmap or jax.process_count() > 1
@@ -173,7 +181,9 @@ def _train(config, workdir, dry_run, started, profile, only_caches, journal, sta
     def save(at: int, extra: dict[str, float]) -> None:
         with stages("checkpoint"):
             whole = step.whole_state(state)
-            checkpoints.save(at, _tree(whole, kept), data_state, model.meta(at), extra)
+            checkpoints.save(at, _tree(whole, kept, method.adapting is not None), data_state, model.meta(at), extra)
+            if method.adapting is not None and distributed.is_first():
+                method.adapting.save(config, model, whole.ema_model["adapter"], workdir)
         throughput.saved(at)
 
     due = lambda every, at: every and (at % every == 0 or at == config.total_steps)  # noqa: E731
@@ -211,7 +221,7 @@ def _train(config, workdir, dry_run, started, profile, only_caches, journal, sta
         if verdict == "roll back":
             with stages("restore"):
                 checkpoints.wait()
-                state, _ = _restore(checkpoints, step, kept)
+                state, _ = _restore(checkpoints, step, kept, state.frozen if method.adapting else None)
                 at, pending = int(state.step), None
                 state = step.place_state(state)
             journal.rewind(at)
@@ -285,19 +295,27 @@ def _draw(config, model, params, batch, at, workdir, journal) -> None:
         journal.picture(at, "samples", sheet)
 
 
-def _tree(state: TrainState, kept: Params) -> dict[str, Any]:
-    """What a checkpoint holds of a state, and of the parts that are not in it; see `checkpoints/native.py`."""
+def _tree(state: TrainState, kept: Params, alone: bool) -> dict[str, Any]:
+    """What a checkpoint holds of a state, and of the parts that are not in it; see `checkpoints/native.py`.
+
+    alone: only what is trained.
+    """
     first, *others = state.decays
-    params = {**kept, **state.raw_model}
+    params = state.params if alone else {**kept, **state.raw_model}
     tree = {"step": state.step, "params": params, "ema": state.averages[first], "opt_state": state.opt_state}
     return {**tree, "averages": {decay: state.averages[decay] for decay in others}} if others else tree
 
 
-def _restore(checkpoints: Checkpoints, step: MappedStep, kept: Params) -> tuple[TrainState, Any]:
+def _restore(
+    checkpoints: Checkpoints,
+    step: MappedStep,
+    kept: Params,
+    model: Params | None = None,  # what checkpoints do not hold, where they hold an adapter alone
+) -> tuple[TrainState, Any]:
     like = step.abstract_state
-    tree, data_state = checkpoints.restore(like=_tree(like, kept))
+    tree, data_state = checkpoints.restore(like=_tree(like, kept, model is not None))
     params = {part: tree["params"][part] for part in like.params}
-    frozen = {part: tree["params"][part] for part in like.frozen}
+    frozen = {part: (tree["params"] if model is None else model)[part] for part in like.frozen}
     averages = {like.decays[0]: tree["ema"], **tree.get("averages", {})}
     state = like.replace(
         step=tree["step"], params=params, frozen=frozen, averages=averages, opt_state=tree["opt_state"]

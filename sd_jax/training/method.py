@@ -8,12 +8,15 @@ Batches hold, as far as the method reads it (`Method.reads`),
     context    [batch, tokens, width] and pooled [batch, width], where text is cached
     time_ids   float32 [batch, numbers], for models that are told of sizes and crops (`Conditioning.time_ids`)
     rating     float32 [batch], for "ratings"
+    loss_weight  float32 [batch], where other pictures are mixed in (`data/mixed.py`)
+    mask       uint8 [batch, height, width], or [batch, h, w] beside moments, where `config.diffusion.masked_loss`
     slot       int32 [batch], each image's place in the global batch
     step       int32 [], optimiser steps done before this one; in training alone
 """
 
+import pathlib
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -28,6 +31,17 @@ Batch = dict[str, AnyArray]
 Sums = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]  # (sum over examples, how many) of each measure
 
 
+class Adapting(NamedTuple):
+    """What a method that trains an adapter, the part "adapter", says of it; the model itself stays as it is."""
+
+    # (config, spec, loaded parts, tokenizer) -> the same with what the adapter brings, before anything is compiled
+    prepare: Callable[[ConfigDict, ModelSpec, Params, Any], tuple[ModelSpec, Params, Any]]
+    init: Callable[[ConfigDict, Networks, Any, Params], Params]  # (config, networks, a random key, loaded parts)
+    wear: Callable[[Context, Params], tuple[Context, Params]]  # context and parameters -> the same with it on
+    put_on: Callable[[ConfigDict, Any, Params], Any]  # (config, pipeline, the adapter) -> a pipeline with it on
+    save: Callable[[ConfigDict, Any, Params, pathlib.Path], None]  # (config, model, the adapter, the workdir)
+
+
 class Method(NamedTuple):
     trainable: Callable[[ConfigDict, ModelSpec], tuple[str, ...]]  # parts that move
     frozen: Callable[[ConfigDict, ModelSpec], tuple[str, ...]]  # parts that the loss reads besides
@@ -38,6 +52,7 @@ class Method(NamedTuple):
     # global one, its slots 0, 1, 2, ...
     held_out: Callable[[Context, Params, Batch, Keys], Sums]
     beside_latents: int = 0  # channels that the U-Net reads besides
+    adapting: Adapting | None = None  # checkpoints then hold the adapter alone
     # After the last step: (context, whole model, held-out batches on the model's devices) -> networks, with what could
     # only be measured now
     finish: Callable[[Context, Params, list[Batch]], Networks] | None = None

@@ -2,16 +2,26 @@
 
 from ml_collections import ConfigDict
 
+from sd_jax.training.adapting import LORA
 from sd_jax.training.aesthetic import AESTHETIC
 from sd_jax.training.autoencoder import AUTOENCODER
+from sd_jax.training.consistency import LCM_LORA
 from sd_jax.training.contrastive import CLIP
+from sd_jax.training.dreambooth import DREAMBOOTH
 from sd_jax.training.features import FEATURES
 from sd_jax.training.full import FULL
+from sd_jax.training.hypernetwork import HYPERNETWORK
 from sd_jax.training.method import Method
 from sd_jax.training.super_resolution import SUPER_RESOLUTION
+from sd_jax.training.textual_inversion import TEXTUAL_INVERSION
 
 METHODS = {
     "full": FULL,
+    "dreambooth": DREAMBOOTH,
+    "lora": LORA,
+    "lcm_lora": LCM_LORA,
+    "textual_inversion": TEXTUAL_INVERSION,
+    "hypernetwork": HYPERNETWORK,
     "autoencoder": AUTOENCODER,
     "super_resolution": SUPER_RESOLUTION,
     "clip": CLIP,

@@ -27,7 +27,7 @@ def precompute(
     config: ConfigDict,
     model: Model,
     sources: dict[str, Source],  # by the names that their caches have
-    assignment: buckets.Assignment,  # of "train"; the others are square
+    assignments: dict[str, buckets.Assignment],  # by the same names; who has none is square
     folder: pathlib.Path,
 ) -> tuple[dict[str, Source], EmptyPrompt | None]:
     """-> the sources with what is cached in place of pictures and captions, and the empty prompt as their batches have
@@ -51,7 +51,7 @@ def precompute(
     if encode != Encode():
         keys = {part: cache.hash_weights(params[part]) for part in parts}
         square = functools.partial(buckets.one_size, data=config.data)
-        of = {name: assignment if name == "train" else square(len(source)) for name, source in sources.items()}
+        of = {name: assignments.get(name) or square(len(source)) for name, source in sources.items()}
         sources = {
             name: cache.cached(source, name, folder, config, of[name], encode, keys, model.num_time_ids)
             for name, source in sources.items()

@@ -7,6 +7,7 @@ from sd_jax import media
 from sd_jax.diffusion.low_resolution import make_small
 from sd_jax.models.vae import to_image, to_pixels
 from sd_jax.sampling.pipeline import Pipeline
+from sd_jax.training.methods import method_of
 from sd_jax.training.start import Model
 from sd_jax.types import Conditioning, Params
 
@@ -19,7 +20,11 @@ SHOWN = 12  # pictures that are shown again
 def draw(config: ConfigDict, model: Model, params: Params, batch: dict[str, np.ndarray]) -> np.ndarray:
     """A sheet, uint8 [height, width, 3]. An autoencoder shows pictures of `batch` and, below, what it makes of them; a
     model that enlarges shows them made small, what it makes of those, and them."""
+    params = dict(params)
+    adapter = params.pop("adapter", None)
     pipe = Pipeline(model.networks.spec, params, model.tokenizer, config.dtype)
+    if adapter is not None:
+        pipe = method_of(config).adapting.put_on(config, pipe, adapter)
     if config.method == "autoencoder":
         pixels = batch["pixels"][:SHOWN]
         again = np.asarray(to_pixels(pipe.decode_latents(pipe.encode_image(pixels))))

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sd_jax import flops
+from sd_jax.data import mixed
 from sd_jax.diffusion import noise
 from sd_jax.models.networks import Networks
 from sd_jax.models.presets import BESIDE, PARTS, ModelSpec
@@ -38,7 +39,7 @@ def check_batch(config: ConfigDict, mesh: Mesh) -> None:
 
 def check_reads(config: ConfigDict, method: Method, spec: ModelSpec) -> None:
     """Raises ValueError where a config caches what the method reads as it is, or draws what it cannot."""
-    draws = {"unet", "vae"} & set(method.trainable(config, spec))
+    draws = {"unet", "vae", "adapter"} & set(method.trainable(config, spec))
     if config.sample_steps and not draws:
         raise ValueError(f"config.sample_steps: config.method={config.method!r} makes no pictures, set it to 0")
     for key, what in (("cache_latents", "latents"), ("cache_text", "captions")):
@@ -57,10 +58,13 @@ def initial_state(config: ConfigDict, method: Method, networks: Networks, loaded
     read = [part for part in method.frozen(config, spec) if part not in cached_parts(config, spec)]
 
     def make(part: str) -> Params:
-        key = jax.random.fold_in(jax.random.key(config.seed), (*PARTS, *BESIDE).index(part))
+        key = jax.random.fold_in(jax.random.key(config.seed), (*PARTS, *BESIDE, "adapter").index(part))
+        if part == "adapter":
+            return method.adapting.init(config, networks, key, frozen)
         return loaded[part] if part in loaded else networks.init(part, key)
 
-    trained, frozen = ({part: make(part) for part in parts} for parts in (method.trainable(config, spec), read))
+    frozen = {part: make(part) for part in read}
+    trained = {part: make(part) for part in method.trainable(config, spec)}
     return create(trained, frozen, make_optimizer(config), config.ema_decays)
 
 
@@ -110,7 +114,12 @@ def batch_shapes(config: ConfigDict, method: Method, networks: Networks, size: t
         h, w = height // spec.vae.downscale, width // spec.vae.downscale
         shapes["moments"] = shape(h, w, 2 * spec.vae.latent_channels, dtype=np.float32)
     else:
+        h, w = height, width
         shapes["pixels"] = shape(height, width, 3, dtype=np.uint8)
+    if "diffusion" in config and config.diffusion.masked_loss:
+        shapes["mask"] = shape(h, w, dtype=np.uint8)
+    if mixed.mixes(config):
+        shapes["loss_weight"] = shape(dtype=np.float32)
     if "ratings" in method.reads:
         shapes["rating"] = shape(dtype=np.float32)
     if "captions" not in method.reads:

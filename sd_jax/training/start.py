@@ -4,12 +4,14 @@ import dataclasses
 import pathlib
 from logging import getLogger
 
+import jax
 from ml_collections import ConfigDict
 
 from sd_jax import distributed
 from sd_jax.checkpoints import CheckpointError
 from sd_jax.checkpoints.beside import open_beside
 from sd_jax.checkpoints.load import open_checkpoint
+from sd_jax.checkpoints.tensors import dtype_of, lazy
 from sd_jax.models.networks import Networks
 from sd_jax.models.presets import ModelSpec
 from sd_jax.prompts.chunks import CaptionTokenizer
@@ -33,6 +35,7 @@ class Model:
     loaded: dict[str, Params]  # not read yet; parts that are not here are made fresh
     tokenizer: Tokenizer | None
     num_tokens: int = 0  # of a caption
+    adapter_of: str | None = None  # where an adapter alone is trained: the model that it is for
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -54,7 +57,8 @@ class Model:
     def meta(self, step: int) -> dict:
         """What a checkpoint says of itself, beside its arrays."""
         tokenizer = None if self.tokenizer is None else "tokenizer"
-        return {"spec": self.networks.spec.to_dict(), "step": step, "tokenizer": tokenizer}
+        meta = {"spec": self.networks.spec.to_dict(), "step": step, "tokenizer": tokenizer}
+        return meta if self.adapter_of is None else {**meta, "adapter_of": self.adapter_of}
 
 
 def build_model(
@@ -91,10 +95,9 @@ def build_model(
             f"config.method={config.method!r} needs a trained {missing[0]}, and config.init={config.init!r} has none"
             f"{' among config.init_parts' if config.init_parts else ''}: give the path of a checkpoint that does"
         )
-    if not config.model and set(parts) - set(params):
-        raise ValueError(
-            f"config.init={config.init!r} has no {sorted(set(parts) - set(params))[0]}, and config.model is empty"
-        )
+    lacking = sorted(set(parts) - {*params, "adapter"})
+    if not config.model and lacking:
+        raise ValueError(f"config.init={config.init!r} has no {lacking[0]}, and config.model is empty")
     if "unet" in parts and spec.unet.in_channels != spec.vae.latent_channels + method.beside_latents:
         raise ValueError(
             f"config.method={config.method!r} trains on latents of {spec.vae.latent_channels} channels, and this U-Net "
@@ -118,8 +121,18 @@ def build_model(
                 tokenizer.check(spec.words_of(part))
             tokenizer.pad_as(spec.words_of(readers[0]))
         num_tokens = setup.num_tokens(config, spec, parts)
+    if method.adapting is not None and tokenizer is not None:
+        spec, params, tokenizer = method.adapting.prepare(config, spec, params, tokenizer)
+        params = {part: jax.tree_util.tree_map_with_path(_narrow(config), tree) for part, tree in params.items()}
     networks = Networks.of(spec, config.dtype, config.remat)
-    return Model(networks, trained, frozen, params, tokenizer, num_tokens)
+    adapter_of = None if method.adapting is None else str(config.init)
+    return Model(networks, trained, frozen, params, tokenizer, num_tokens, adapter_of)
+
+
+def _narrow(config: ConfigDict):
+    """Kernels and embeddings of what does not move, in the dtype of the computation: layers cast them to the same."""
+    dtype = dtype_of(config.dtype)
+    return lambda path, leaf: lazy(leaf).cast(dtype) if path[-1].key in ("kernel", "embedding") else leaf
 
 
 def _paths_beside(config: ConfigDict) -> dict[str, str]:

@@ -40,6 +40,47 @@ def test_types_that_torch_has_not(tmp_path):
         write_torch.write(tmp_path / "a.pt", {"x": np.zeros(3, np.uint16)})
 
 
+NESTED = {
+    768: ({"w": ARRAYS["half"], "b": ARRAYS["empty"]}, {"w": ARRAYS["b"]}),
+    "list": [1, 1.5, ARRAYS["counts"], [], ()],
+    "facts": {"none": None, "yes": True, "no": False, "large": 2**40, "below": -3, "text": "ü", "nothing": {}},
+    "768.0": {"w": ARRAYS["flags"]},  # that its name is another's where they are joined by dots is no matter
+}
+
+
+def test_nested_objects(tmp_path):
+    write_torch.write_object(tmp_path / "a.pt", {**NESTED, "768.0": None})
+    found = read(tmp_path / "a.pt")
+    assert list(found) == ["768.0.w", "768.0.b", "768.1.w", "list.2"]
+    for name, array in zip(found, ("half", "empty", "b", "counts"), strict=True):
+        np.testing.assert_array_equal(found[name], ARRAYS[array], strict=True)
+    with pytest.raises(CheckpointError, match=r"no storage of such a type: 768\.1\.w \(uint16\); x\.0 \(uint32\)"):
+        numbers = [np.zeros(3, np.uint16), np.zeros(3, np.uint32)]
+        write_torch.write_object(tmp_path / "a.pt", {768: ({}, {"w": numbers[0]}), "x": [numbers[1]]})
+
+
+@pytest.mark.parity
+def test_torch_reads_nested_objects(tmp_path):
+    import torch
+
+    write_torch.write_object(tmp_path / "a.pt", NESTED)
+    found = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert_equal(found, NESTED)
+
+
+def assert_equal(found, wanted):
+    """Tensors of torch against arrays, in the same containers."""
+    if isinstance(wanted, np.ndarray):
+        np.testing.assert_array_equal(found.numpy(), wanted, strict=True)
+    elif isinstance(wanted, dict | list | tuple):
+        assert type(found) is type(wanted) and len(found) == len(wanted)
+        keys = wanted if isinstance(wanted, dict) else range(len(wanted))
+        for key in keys:
+            assert_equal(found[key], wanted[key])
+    else:
+        assert type(found) is type(wanted) and found == wanted
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("mmap", [False, True])
 def test_torch_reads_it(tmp_path, mmap):

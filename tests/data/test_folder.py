@@ -4,8 +4,10 @@ import logging
 import numpy as np
 import pytest
 
+from sd_jax.config import training_defaults
 from sd_jax.data import DataError
-from sd_jax.data.sources import open_source
+from sd_jax.data.folder import words_of
+from sd_jax.data.sources import open_source, repeats_of, split_held_out
 from sd_jax.media import BadImage
 
 from .conftest import jpeg, number_of
@@ -116,15 +118,23 @@ def test_sizes_of_every_kind_of_file_without_decoding(config, tmp_path, caplog, 
 # -- Metadata --------------------------------------------------------------------------------------------------------
 
 
-def test_jsonl(config, photos, caplog):
+@pytest.fixture
+def untold(photos):
+    """The same without the .txt files."""
+    for text in photos.glob("*.txt"):
+        text.unlink()
+    return photos
+
+
+def test_jsonl(config, untold, caplog):
     write_metadata(
-        photos,
+        untold,
         {"file_name": "07.jpg", "text": "seven"},
         {"file_name": "./02.jpg", "text": ["two", "a pair"]},
         {"file_name": "01.jpg", "text": None},
         {"file_name": "gone.jpg", "text": "gone"},
     )
-    source = opened(config, photos)
+    source = opened(config, untold)
     assert len(source) == 4
     assert [source.fields(i) for i in range(4)] == [((),), (("two", "a pair"),), (("seven",),), (("gone",),)]
     assert [source[i]["fields"] for i in range(3)] == [source.fields(i) for i in range(3)]
@@ -133,23 +143,23 @@ def test_jsonl(config, photos, caplog):
         source[3]
 
 
-def test_csv_and_other_names_of_columns(config, photos):
-    (photos / "metadata.csv").write_text('image,caption\n01.jpg,"one, a number"\n')
-    source = opened(config, photos)
+def test_csv_and_other_names_of_columns(config, untold):
+    (untold / "metadata.csv").write_text('image,caption\n01.jpg,"one, a number"\n')
+    source = opened(config, untold)
     assert len(source) == 1 and source.fields(0) == (("one, a number",),) and number_of(source[0]) == 1
 
 
-def test_parquet(config, photos):
+def test_parquet(config, untold):
     import pyarrow
     import pyarrow.parquet
 
     columns = {"file_name": ["03.jpg", "02.jpg"], "prompt": ["three", "two"], "tags": ["odd, 3", None]}
     table = pyarrow.table(columns)
-    pyarrow.parquet.write_table(table, photos / "metadata.parquet")
+    pyarrow.parquet.write_table(table, untold / "metadata.parquet")
     config.data.caption_key = "prompt"
-    assert [opened(config, photos).fields(i) for i in range(2)] == [(("two",),), (("three",),)]
+    assert [opened(config, untold).fields(i) for i in range(2)] == [(("two",),), (("three",),)]
     config.data.caption_key = "tags, prompt"
-    assert [opened(config, photos).fields(i) for i in range(2)] == [((), ("two",)), (("odd, 3",), ("three",))]
+    assert [opened(config, untold).fields(i) for i in range(2)] == [((), ("two",)), (("odd, 3",), ("three",))]
 
 
 def test_metadata_speaks_for_its_own_folder(config, photos):
@@ -158,6 +168,32 @@ def test_metadata_speaks_for_its_own_folder(config, photos):
     write_metadata(photos / "more", {"file_name": "a.jpg", "text": "listed"})
     source = opened(config, photos)
     assert len(source) == 13 and source.fields(0) == (("picture 0",),) and source.fields(12) == (("listed",),)
+
+
+def test_two_captions_of_one_picture_are_an_error(config, photos):
+    write_metadata(photos, {"file_name": "02.jpg", "text": "two"})
+    with pytest.raises(DataError, match=r"02\.jpg: has two captions, in metadata and in a \.txt file: remove one$"):
+        opened(config, photos)
+    (photos / "02.txt").unlink()
+    write_metadata(photos, {"file_name": "02.jpg", "text": "two"}, {"file_name": "./02.jpg", "text": "a pair"})
+    with pytest.raises(DataError, match=r"02\.jpg: has two captions, one in record 2 of .*metadata\.jsonl and one bef"):
+        opened(config, photos)
+    config.data.caption_key = ""  # which are not read
+    assert len(opened(config, photos)) == 1
+
+
+def test_a_text_speaks_where_the_metadata_says_nothing(config, photos):
+    write_metadata(photos, {"file_name": "02.jpg", "text": None}, {"file_name": "03.jpg"})
+    source = opened(config, photos)
+    assert [source.fields(i) for i in range(2)] == [(("picture 2",),), (("picture 3",),)]
+
+
+def test_ratings_are_read_of_metadata_alone(config, photos):
+    rated = training_defaults("aesthetic")
+    write_metadata(photos, {"file_name": "02.jpg", "rating": 4, "text": "two"}, {"file_name": "03.jpg", "rating": 5})
+    rated.data.caption_from_names = True
+    source = opened(rated, photos)
+    assert [source.fields(i) for i in range(2)] == [(("4",),), (("5",),)]
 
 
 @pytest.mark.parametrize(
@@ -196,3 +232,149 @@ def test_every_kind_of_file_at_once(config, tmp_path):
     (tmp_path / "d.png").write_text("words")
     source = opened(config, tmp_path)
     assert [int(source[i]["pixels"][0, 0, 0]) for i in range(3)] == [117, 255, 255]
+
+
+# -- Names of folders and files --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def repeated(tmp_path):
+    """Two pictures of "sks star" ten times, the first with a text, and one of "star, blue" once."""
+    root = tmp_path / "repeated"
+    for i, name in enumerate(("10_sks star/a.jpg", "10_sks star/b.jpg", "1_star,  blue/c.jpg")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(jpeg(i))
+    (root / "10_sks star" / "a.txt").write_text("told")
+    return root
+
+
+def test_folders_say_how_often_their_pictures_count_and_what_they_are(config, repeated, caplog):
+    caplog.set_level(logging.INFO, "sd_jax")
+    source = opened(config, repeated)
+    assert len(source) == 3 and repeats_of(source).tolist() == [10, 10, 1]
+    assert [source.fields(i) for i in range(3)] == [(("told",),), (("sks star",),), (("star, blue",),)]
+    assert "those in '10_sks star' 10, those in '1_star,  blue' 1" in caplog.text and "no caption" not in caplog.text
+    train, held = split_held_out(source, 1, seed=0)
+    assert sorted(repeats_of(train).tolist() + repeats_of(held).tolist()) == [1, 10, 10]
+    config.data.caption_key = ""
+    source = opened(config, repeated)
+    assert source.fields(1) == () and repeats_of(source).tolist() == [10, 10, 1]
+
+
+def test_metadata_speaks_before_the_name_of_a_folder(config, repeated):
+    write_metadata(repeated, {"file_name": "10_sks star/b.jpg", "text": "row"}, {"file_name": "1_star,  blue/c.jpg"})
+    source = opened(config, repeated)
+    assert [source.fields(i) for i in range(2)] == [(("row",),), (("star, blue",),)]
+    assert repeats_of(source).tolist() == [10, 1]
+
+
+@pytest.mark.parametrize("other", ["2024_holiday", "holiday", "02_star", "0_star", "10_", "10_sks star/more", ""])
+def test_one_folder_of_another_name_and_no_number_is_one_of_repeats(config, repeated, caplog, other):
+    caplog.set_level(logging.INFO, "sd_jax")
+    (repeated / other).mkdir(exist_ok=True)
+    (repeated / other / "z.jpg").write_bytes(jpeg(5))
+    source = opened(config, repeated)
+    assert repeats_of(source).tolist() == [1] * 4
+    assert sorted(source.fields(i) for i in range(4)) == [((),)] * 3 + [(("told",),)]
+    assert "is one of repeats: 10_sks star is named so, " + (other or ".") + " is not" in caplog.text
+
+
+def test_folders_of_years_are_nothing_to_tell_of(config, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "sd_jax")
+    for folder in ("2023_summer", "2024_holiday"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jpg").write_bytes(jpeg(1))
+    source = opened(config, tmp_path)
+    assert repeats_of(source).tolist() == [1, 1] and source.fields(0) == ((),) and "repeats" not in caplog.text
+
+
+def test_files_are_called_by_their_names_where_asked(config, repeated, photos):
+    (photos / "03.txt").unlink()
+    (photos / "04.txt").unlink()
+    (photos / "03.jpg").rename(photos / "a_blue-star_012.jpg")
+    assert [opened(config, photos).fields(i) for i in (3, 11)] == [((),), ((),)]
+    config.data.caption_from_names = True
+    source = opened(config, photos)
+    assert [source.fields(i) for i in (2, 3, 11)] == [(("picture 2",),), ((),), (("a blue star",),)]
+    assert opened(config, repeated).fields(1) == (("sks star",),)  # the folder's name goes first
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("a/blue_star-012.png", "blue star"),
+        ("red star (3).jpg", "red star"),
+        ("cat7.webp", "cat"),
+        ("_two--words__.png", "two words"),
+        ("0012.jpg", ""),
+        ("3 cats.jpg", "3 cats"),
+    ],
+)
+def test_words_of_names(file, words):
+    assert words_of(file) == words
+
+
+def test_an_empty_folder_is_one_line(config, tmp_path):
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises((DataError, FileNotFoundError), match="data.path") as error:
+        opened(config, tmp_path / "nothing")
+    assert "\n" not in str(error.value)
+
+
+# -- Masks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def masked(tmp_path):
+    """a.jpg with a mask of half its size, b.png with an alpha channel, c.jpg with neither; each 32 x 48."""
+    from PIL import Image
+
+    root = tmp_path / "masked"
+    (root / "masks").mkdir(parents=True)
+    for name in ("a.jpg", "c.jpg"):
+        (root / name).write_bytes(jpeg(3, 32, 48))
+    left = np.zeros((32, 48), np.uint8)
+    left[:, :24] = 255
+    Image.fromarray(left[::2, ::2]).save(root / "masks" / "a.png")
+    Image.fromarray(np.dstack([np.full((32, 48, 3), 100, np.uint8), left.T.reshape(32, 48)])).save(root / "b.png")
+    return root
+
+
+def test_masks_are_no_pictures_and_are_read_where_asked(config, masked, caplog):
+    caplog.set_level(logging.INFO, "sd_jax")
+    source = opened(config, masked)
+    assert len(source) == 3 and "mask" not in source[0] and "1 masks" in caplog.text
+    unmasked = source.fingerprint()
+    config.diffusion.masked_loss = True
+    source = opened(config, masked)
+    assert len(source) == 3 and source.fingerprint() != unmasked
+    a, b, c = (source[i]["mask"] for i in range(3))
+    assert a.shape == b.shape == c.shape == (32, 48) and a.dtype == b.dtype == c.dtype == np.uint8
+    assert (a[:, :23] == 255).all() and (a[:, 25:] == 0).all() and (c == 255).all()
+    np.testing.assert_array_equal(b.reshape(48, 32)[:24], 255)
+    np.testing.assert_array_equal(b.reshape(48, 32)[24:], 0)
+    write_metadata(masked, {"file_name": "a.jpg", "text": "half"})
+    source = opened(config, masked)
+    assert len(source) == 1
+    np.testing.assert_array_equal(source[0]["mask"], a)
+    write_metadata(masked, {"file_name": "a.jpg", "text": "half"}, {"file_name": "masks/a.png", "text": "a picture"})
+    source = opened(config, masked)
+    assert len(source) == 2 and (source[0]["mask"] == 255).all()
+
+
+def test_a_mask_of_a_picture_that_is_decoded_smaller(config, tmp_path):
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "a.jpg").write_bytes(jpeg(3, 1600, 1200))
+    (tmp_path / "masks" / "a.jpg").write_bytes(jpeg(25, 800, 600))
+    config.diffusion.masked_loss = True
+    record = opened(config, tmp_path)[0]
+    assert record["mask"].shape == record["pixels"].shape[:2] == (200, 150) and (record["mask"] == 250).all()
+    (tmp_path / "masks" / "a.jpg").write_bytes(jpeg(25, 600, 800))
+    with pytest.raises(BadImage, match=r"masks/a\.jpg: a mask of 800x600 for a picture of another shape, 150x200"):
+        opened(config, tmp_path)[0]
+
+
+def test_only_folders_have_masks(config):
+    config.diffusion.masked_loss = True
+    with pytest.raises(DataError, match=r"config\.diffusion\.masked_loss: data\.path='shapes' .* set it to False"):
+        opened(config, "shapes")

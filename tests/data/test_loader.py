@@ -257,6 +257,7 @@ def test_crops_and_flips_differ_between_epochs(config, tmp_path):
 
 
 def test_one_of_several_captions_is_drawn(config, photos):
+    (photos / "01.txt").unlink()
     rows = [json.dumps({"file_name": "01.jpg", "text": ["a", "b", "c"]})]
     (photos / "metadata.jsonl").write_text("\n".join(rows))
     config.data.path = str(photos)

@@ -140,3 +140,15 @@ def test_time_ids_in_their_order():
     np.testing.assert_array_equal(time_ids((100, 200), (3, 5), (8, 12), 5), [100, 200, 3, 5, AESTHETIC_SCORE])
     with pytest.raises(ValueError, match="reads 4 time_ids"):
         time_ids((100, 200), (3, 5), (8, 12), 4)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_mask_is_cut_as_its_picture(flip):
+    """The mask is the picture's own red: it must come out the same, wherever it is cut and however it is scaled."""
+    picture = ramp(30, 50) * np.uint8(4)
+    for size in ((20, 20), (30, 50), (24, 16), (64, 40)):
+        for n in range(10):
+            fitted = fit(picture, size, draws(0, 0, n), flip, picture[:, :, 0])
+            np.testing.assert_array_equal(fitted.mask, fitted.pixels[:, :, 0])
+            assert fitted.mask.flags.c_contiguous
+    assert fit(picture, (20, 20)).mask is None

@@ -127,6 +127,110 @@ def test_one_text_is_not_a_list_of_texts(folder):
         load_tokenizer(folder)("a cat")
 
 
+# -- Words that are added --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def grown(folder):
+    return load_tokenizer(folder).with_tokens({"<sks>": 3, "Fancy": 1, "my style": 2})
+
+
+def test_an_added_word_is_its_ids(folder, grown):
+    plain = load_tokenizer(folder)
+    first = plain.vocab_size
+    sks, fancy, style = [first, first + 1, first + 2], [first + 3], [first + 4, first + 5]
+    word = plain.token_ids
+    assert grown.vocab_size == first + 6 and grown.token_ids("<sks>") == sks
+    assert grown.token_ids("a red <sks>") == [*word("a red"), *sks]
+    assert grown.token_ids("a <SKS>, red") == [*word("a"), *sks, *word(", red")]
+    assert grown.token_ids("<sks><sks>, Fancy FANCY fancy!") == [*sks * 2, *word(","), *fancy * 3, *word("!")]
+    assert grown.token_ids("(a<sks>b)") == [*word("(a"), *sks, *word("b)")]
+    assert grown.token_ids("in  My\n Style.") == [*word("in"), *style, *word(".")]
+    assert word("<sks> fancy") == load_tokenizer(folder).token_ids("<sks> fancy")  # the old one is as it was
+    assert plain.vocab_size == first
+
+
+def test_an_added_word_is_not_found_within_another(folder, grown):
+    plain = load_tokenizer(folder)
+    for text in ("fancyfree", "unfancy", "fancy2", "fancy_red", "<sk>", "< sks >", "sks", "my styles", "a red circle"):
+        assert grown.token_ids(text) == plain.token_ids(text), text
+    assert grown.token_ids("fancy's") == [plain.vocab_size + 3, *plain.token_ids("'s")]
+    assert grown.token_ids("fancy-red") == [plain.vocab_size + 3, *plain.token_ids("-red")]
+
+
+def test_added_words_are_framed_cut_and_named(folder, grown):
+    row = grown(["a <sks>"], 8)[0].tolist()
+    first, end = grown.token_ids("<sks>")[0], grown.eos_token_id
+    assert row == [grown.bos_token_id, *load_tokenizer(folder).token_ids("a"), first, first + 1, first + 2] + [end] * 3
+    with pytest.warns(UserWarning, match="dropped: '<sks> red'"):  # of which one id would have found room
+        assert grown(["a a a <sks> red"], 6)[0, -2:].tolist() == [first, end]
+    text = "a <SKS> small  Fancy red"
+    starts = {0: text, 1: "<SKS> small  Fancy red", 3: "<SKS> small  Fancy red", 4: "small  Fancy red", 6: "red"}
+    assert {token: grown.text_from(text, token) for token in starts} == starts
+
+
+def test_the_longest_added_word_is_found(folder):
+    tokenizer = load_tokenizer(folder).with_tokens({"hat": 1, "hat-rack": 2})
+    first = tokenizer.token_ids("hat")[0]
+    assert tokenizer.token_ids("hat-rack hat") == [first + 1, first + 2, first]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"red": 1}, "'red' is a token of .* already: choose another name, such as my-red"),
+        ({"Red": 1}, "'Red' is a token"),
+        ({"!": 1}, "'!' is a token"),
+        ({"<sks>": 1}, "'<sks>' is a token of .* such as my-sks"),
+        ({"<SKS>": 2}, "'<SKS>' is a token"),
+        ({"<new>": 1, "<New>": 1}, "'<New>' is a token"),
+        ({"<sks>_1": 1}, "'<sks>_1' is a token"),
+        ({"<sks>_3": 1}, "would be a further vector of '<sks>'"),
+        ({"<new>_1": 1, "<new>": 2}, "one of <new>, <new>_1 is a token already"),
+        ({"<new>": 0}, "'<new>' of 0 vectors"),
+        ({" ": 1}, "' ' cannot be a word"),
+        ({"a<|endoftext|>": 1}, "cannot be a word"),
+        ({"circle</w>": 1}, "is a token already"),
+    ],
+)
+def test_words_that_cannot_be_added(grown, words, said):
+    before = grown.vocab_size
+    with pytest.raises(ValueError, match=said):
+        grown.with_tokens(words)
+    assert grown.vocab_size == before
+
+
+def test_added_words_survive_saving(folder, grown, tmp_path):
+    grown.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    texts = ["a <sks> and Fancy <SKS>", "fancyfree in my style, my styles", *TEXTS]
+    np.testing.assert_array_equal(again(texts), grown(texts))
+    assert again.vocab_size == grown.vocab_size
+    added = json.loads((tmp_path / "saved" / "added_tokens.json").read_text())
+    first = load_tokenizer(folder).vocab_size
+    names = ["<sks>", "<sks>_1", "<sks>_2", "Fancy", "my style", "my style_1"]
+    assert added == {name: first + i for i, name in enumerate(names)}
+    # As diffusers spells out a word of several vectors
+    wanted = grown.token_ids("a <sks> red")
+    assert reference_ids(tmp_path / "saved", ["a <sks> <sks>_1 <sks>_2 red"])[0, 1:6].tolist() == wanted
+    more = again.with_tokens({"<new>": 2})
+    assert more.token_ids("<new> <sks>") == [first + 6, first + 7, first, first + 1, first + 2]
+
+
+def test_words_of_the_probe_may_be_added(folder, tmp_path):
+    tokenizer = load_tokenizer(folder).with_tokens({"Photo": 2, "Red cats": 1})
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").token_ids("photo of red  cats") == tokenizer.token_ids(
+        "photo of red cats"
+    )
+
+
+def test_padding_survives_added_words(folder):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.pad_as(dataclasses.replace(CLIPTextConfig(), pad_token_id=0))
+    assert tokenizer.with_tokens({"<sks>": 1}).pad_token_id == 0
+
+
 # -- Opening and saving ----------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,1 @@
+"""What changes a frozen model from outside: the LoRA family, hypernetworks, embeddings."""

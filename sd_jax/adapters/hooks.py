@@ -1,0 +1,98 @@
+"""Networks with adapters on: the base's modules and parameters stay as they are, and what is added comes from outside.
+
+    y = f(x; W) + t s B (A x)          LoRA and LoCon, at the layers that it names             (1)
+    y = f(x; W + t dW)                 the others of the family, by `deltas.merge`              (2)
+    y = f(x + t h(x); W)               hypernetworks, before the keys and values of attention   (3)
+
+(1) costs little, and no gradient of W is ever formed. Linen tells an interceptor the path of the layer that is called
+(`flax.linen.intercept_methods`), within `jit` and remat alike. Weights and strengths are arguments of the compiled
+function, so that another adapter of the same shapes, or another strength, compiles nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sd_jax.adapters import deltas, hypernetwork
+from sd_jax.adapters.deltas import Entry, Layers, Strength
+from sd_jax.adapters.hypernetwork import Hypernetwork
+from sd_jax.models.networks import Networks
+from sd_jax.types import Params
+
+Adapter = Layers | Hypernetwork
+PARTS = ("unet", "text_encoder", "text_encoder_2")  # that adapters change
+
+
+def parts_of(adapter: Adapter) -> tuple[str, ...]:
+    """The parts of a model that it changes. A hypernetwork's are the U-Net's alone."""
+    return ("unet",) if isinstance(adapter, Hypernetwork) else tuple(adapter)
+
+
+def hooked(networks: Networks, adapters: Sequence[tuple[Adapter, Strength]]) -> Networks:
+    """`networks` whose U-Net and text encoders have the adapters on, to be used within one trace."""
+    changed = {}
+    for part in PARTS:
+        here = [(adapter, strength) for adapter, strength in adapters if part in parts_of(adapter)]
+        if here:
+            changed[part] = _Hooked(getattr(networks, part), part, here)
+    return networks._replace(**changed)
+
+
+def merge(params: Mapping[str, Params], layers: Layers, strengths: Mapping[str, Strength]) -> dict[str, Params]:
+    """A model's parameters, by part, with the adapter's changes in them. strengths: by part."""
+    changed = {part: deltas.merge(params[part], entries, strengths[part]) for part, entries in layers.items()}
+    return {**params, **changed}
+
+
+class _Hooked:
+    """A module with adapters on: as much of linen's interface as networks use."""
+
+    def __init__(self, module: nn.Module, part: str, adapters: Sequence[tuple[Adapter, Strength]]):
+        self._module = module
+        self._hypernetworks = [(a, t) for a, t in adapters if isinstance(a, Hypernetwork)]
+        layers = [(a[part], t) for a, t in adapters if not isinstance(a, Hypernetwork)]
+        chosen = lambda low: [  # noqa: E731
+            ({path: entry for path, entry in a.items() if deltas.is_low_rank(entry) == low}, t) for a, t in layers
+        ]
+        self._added, self._merged = chosen(True), chosen(False)
+
+    def apply(self, variables: Mapping[str, Params], *args, **kwargs) -> Any:
+        params = variables["params"]
+        for entries, strength in self._merged:
+            params = deltas.merge(params, entries, strength) if entries else params
+        with nn.intercept_methods(self._intercept):
+            return self._module.apply({**variables, "params": params}, *args, **kwargs)
+
+    def _intercept(self, call, args, kwargs, context):
+        module = context.module
+        if context.method_name != "__call__" or not isinstance(module, nn.Dense | nn.Conv):
+            return call(*args, **kwargs)
+        (x,), path = args, module.path
+        if path[-1] in ("to_k", "to_v") and path[-2].startswith("attn"):
+            for network, strength in self._hypernetworks:
+                x = hypernetwork.apply(network.replace(strength=strength), x, path[-1][-1], x.shape[-1])
+        y = call(x, **kwargs)
+        for entries, strength in self._added:
+            entry = entries.get("/".join(path))
+            if entry is not None:
+                y = y + low_rank(x.astype(y.dtype), entry, strength, module)
+        return y
+
+
+def low_rank(
+    x: Float[Array, "... inputs"], entry: Entry, strength: Strength, layer: nn.Dense | nn.Conv
+) -> Float[Array, "... outputs"]:
+    """t s B (A x), in the dtype of x."""
+    t = jnp.asarray(strength, jnp.float32) * jnp.asarray(entry.get("strength", 1.0), jnp.float32)
+    down, up = (jnp.asarray(entry[name], x.dtype) for name in ("lora_down", "lora_up"))
+    if isinstance(layer, nn.Conv):
+        strides = (layer.strides,) * 2 if isinstance(layer.strides, int) else layer.strides or (1, 1)
+        kernel, dimensions = deltas.from_torch(down), ("NHWC", "HWIO", "NHWC")
+        h = jax.lax.conv_general_dilated(x, kernel, strides, layer.padding, dimension_numbers=dimensions)
+    else:
+        h = x @ down.T
+    return (deltas.scale_of(entry) * t).astype(x.dtype) * (h @ up.reshape(up.shape[0], -1).T)

@@ -1,0 +1,215 @@
+"""The adapters that a pipeline has on: which, how strongly, and when while a picture is made.
+
+A strength may change on the way: `[(0, 0.0), (0.4, 1.0)]` is 0 at first and 1 from two fifths of the steps on.
+"""
+
+import math
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from logging import getLogger
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sd_jax.adapters.deltas import Layers
+from sd_jax.adapters.hooks import Adapter, hooked, merge, parts_of
+from sd_jax.adapters.hypernetwork import Hypernetwork
+from sd_jax.adapters.textual_inversion import Embedding, with_embeddings
+from sd_jax.checkpoints import embeddings, files, hypernetworks
+from sd_jax.checkpoints.adapters import open_adapter
+from sd_jax.checkpoints.errors import CheckpointError
+from sd_jax.models.networks import Networks
+from sd_jax.names import hint
+from sd_jax.prompts import tags
+from sd_jax.types import AnyArray
+
+if TYPE_CHECKING:
+    from sd_jax.sampling.pipeline import Pipeline
+
+SUFFIXES = (".safetensors", ".pt", ".bin")
+
+logger = getLogger(__name__)
+
+Schedule = float | Sequence[tuple[float, float]]  # a strength, or (share of the steps from which on, strength) pairs
+
+
+class Worn(NamedTuple):
+    """An adapter that a pipeline has on."""
+
+    adapter: Adapter  # on the device
+    strength: Schedule  # in the U-Net
+    text_strength: float  # in the text encoders
+    source: str  # where it came from, for messages
+
+
+class On(NamedTuple):
+    """What a compiled function is handed of them: only shapes compile anew."""
+
+    adapters: tuple[Adapter, ...]
+    strengths: Float[AnyArray, "adapters calls"]
+
+
+def of_unet(worn: Sequence[Worn], calls: int) -> On | None:
+    """What changes the U-Net, with its strength at each of its calls; None = nothing does."""
+    here = [(_only(w.adapter, ("unet",)), at_calls(w.strength, calls)) for w in worn if "unet" in parts_of(w.adapter)]
+    return On(tuple(a for a, _ in here), np.stack([t for _, t in here])) if here else None
+
+
+def of_text_encoders(worn: Sequence[Worn]) -> On | None:
+    """What changes the text encoders."""
+    parts = ("text_encoder", "text_encoder_2")
+    here = [(_only(w.adapter, parts), w.text_strength) for w in worn if set(parts) & set(parts_of(w.adapter))]
+    return On(tuple(a for a, _ in here), np.array([[t] for _, t in here], np.float32)) if here else None
+
+
+def wearing(networks: Networks, on: On | None, call: Int[Array, ""] | int = 0) -> Networks:
+    """The networks with them on at call number `call`; beyond the last one, as at the last one."""
+    if on is None:
+        return networks
+    strengths = jnp.asarray(on.strengths)
+    at = strengths[:, jnp.minimum(call, strengths.shape[1] - 1)]
+    return hooked(networks, [(adapter, at[i]) for i, adapter in enumerate(on.adapters)])
+
+
+def at_calls(schedule: Schedule, calls: int) -> Float[np.ndarray, " calls"]:
+    """The strength at each call. Raises ValueError for what is no schedule."""
+    if isinstance(schedule, int | float):
+        return np.full(calls, schedule, np.float32)
+    try:
+        starts, values = np.array(schedule, np.float32).T
+    except (TypeError, ValueError):
+        starts = None
+    if starts is None or starts[0] != 0 or np.any(np.diff(starts) <= 0) or starts[-1] > 1:
+        raise ValueError(
+            f"strength={schedule!r}: give a number, or (share of the steps, strength) pairs, the first share 0 and "
+            "each larger than the one before"
+        )
+    shares = np.arange(calls, dtype=np.float32) / np.float32(calls)
+    return values[np.searchsorted(starts, shares, side="right") - 1]
+
+
+def _only(adapter: Adapter, parts: Sequence[str]) -> Adapter:
+    if isinstance(adapter, Hypernetwork):
+        return adapter
+    return {part: adapter[part] for part in parts if part in adapter}
+
+
+# -- What a pipeline does with them ----------------------------------------------------------------------------------
+
+
+def put_on(
+    pipe: "Pipeline", path: Any, strength: Schedule, text_strength: float | None, blocks: Mapping[str, float] | None
+) -> "Pipeline":
+    """`Pipeline.with_adapter`, whose docstring says what the arguments are."""
+    at_calls(strength, 1)
+    if text_strength is None:
+        if not isinstance(strength, int | float):
+            raise ValueError("a strength that changes on the way is the U-Net's alone: give text_strength= as well")
+        text_strength = strength
+    if not all(map(math.isfinite, (text_strength, *(blocks or {}).values()))):
+        raise ValueError(f"text_strength={text_strength!r}, blocks={blocks!r}: give finite numbers")
+    adapter = path if isinstance(path, Mapping | Hypernetwork) else open_any(path, pipe)
+    if isinstance(adapter, list):
+        tokenizer, params = pipe.tokenizer, pipe.params
+        spec, params, tokenizer = with_embeddings(pipe.spec, params, tokenizer, adapter)
+        return pipe.changed(spec=spec, networks=Networks.of(spec, pipe.dtype), _params=params, _tokenizer=tokenizer)
+    if blocks:
+        adapter = _weighed(adapter, blocks)
+    adapter = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), adapter)
+    source = path if isinstance(path, str) else getattr(path, "name", "an adapter")
+    return pipe.changed(adapters=(*pipe.adapters, Worn(adapter, strength, float(text_strength), str(source))))
+
+
+def open_any(path: str | pathlib.Path, pipe: "Pipeline") -> Layers | Hypernetwork | list[Embedding]:
+    """What a file holds, told by its content; of a folder without a LoRA's file, the embeddings in it.
+
+    Raises FileNotFoundError or CheckpointError.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        found = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and _is_embedding(file)]
+        return [embeddings.load(file) for file in found] if found else open_adapter(path, pipe.spec).layers
+    tensors = files.open_any(path).tensors
+    if hypernetworks.is_hypernetwork(tensors):
+        return hypernetworks.load(path)
+    if embeddings.is_embedding(tensors):
+        return [embeddings.load(path)]
+    opened = open_adapter(path, pipe.spec)
+    for note in opened.notes:
+        logger.info("%s: %s", path, note)
+    return opened.layers
+
+
+def _is_embedding(file: pathlib.Path) -> bool:
+    try:
+        return embeddings.is_embedding(files.open_any(file).tensors)
+    except CheckpointError:
+        return False
+
+
+def put_on_tagged(pipe: "Pipeline", prompt: str | Sequence[str]) -> tuple["Pipeline", str | Sequence[str]]:
+    """(the pipeline with what the prompt's `<lora:name:0.8>` and `<hypernet:name>` tags name, the prompt without them).
+
+    Files are those of `Pipeline.with_tags`' folder; without one, nothing is done. Raises ValueError for a name that no
+    file or several have, and for prompts of one batch that ask for different ones.
+    """
+    if pipe.tag_folder is None:
+        return pipe, prompt
+    texts, found = zip(*map(tags.extract, [prompt] if isinstance(prompt, str) else prompt), strict=True)
+    asked = [[tag for tag in tags_ if tag.kind in tags.WEIGHED] for tags_ in found]
+    if any(tags_ != asked[0] for tags_ in asked):
+        raise ValueError("prompts of one batch ask for different adapters: give them one by one, with batch_size=1")
+    for tag in asked[0]:
+        pipe = pipe.with_adapter(_file_of(tag, pipe.tag_folder), tag.unet_weight, tag.text_weight)
+    return pipe, texts[0] if isinstance(prompt, str) else list(texts)
+
+
+def _file_of(tag: tags.Tag, folder: pathlib.Path) -> pathlib.Path:
+    files = [file for file in sorted(folder.rglob("*")) if file.suffix in SUFFIXES]
+    same = [file for file in files if tag.name in (file.stem, file.relative_to(folder).with_suffix("").as_posix())]
+    if len(same) == 1:
+        return same[0]
+    if same:
+        raise ValueError(f"{tag.source}: {' and '.join(map(str, same))} are called so: say which by its folder")
+    raise ValueError(f"{tag.source}: {folder} has no such file: {hint(tag.name, [file.stem for file in files])}")
+
+
+def merge_into(pipe: "Pipeline") -> "Pipeline":
+    """`Pipeline.merge_adapters`."""
+    params, stay = dict(pipe.params), []
+    for worn in pipe.adapters:
+        if isinstance(worn.adapter, Hypernetwork):
+            stay.append(worn)
+            continue
+        if not isinstance(worn.strength, int | float):
+            raise ValueError(f"{worn.source}: a strength that changes on the way cannot be merged into weights")
+        strengths = {part: worn.strength if part == "unet" else worn.text_strength for part in worn.adapter}
+        params = merge(params, worn.adapter, strengths)
+    return pipe.changed(_params=params, adapters=tuple(stay))
+
+
+def _weighed(layers: Layers, blocks: Mapping[str, float]) -> Layers:
+    """With a strength of its own at each layer that a pattern finds, the first one that does."""
+    if isinstance(layers, Hypernetwork):
+        raise ValueError("blocks= is for the LoRA family: a hypernetwork has no layers of its own")
+    found: set[str] = set()
+
+    def entry(part, path, arrays):
+        pattern = next((pattern for pattern in blocks if re.search(pattern, f"{part}/{path}")), None)
+        if pattern is None:
+            return arrays
+        found.add(pattern)
+        return {**arrays, "strength": np.float32(blocks[pattern]) * np.float32(arrays.get("strength", 1.0))}
+
+    weighed = {
+        part: {path: entry(part, path, arrays) for path, arrays in entries.items()} for part, entries in layers.items()
+    }
+    for pattern in blocks:
+        if pattern not in found:
+            example = next(f"{part}/{path}" for part, entries in layers.items() for path in entries)
+            raise ValueError(f"blocks={pattern!r} finds no layer of this adapter, such as {example}")
+    return weighed

@@ -1,0 +1,132 @@
+"""Methods that train an adapter: the model stays as it is, runs resume, and their files do what the runs learnt."""
+
+import jax
+import numpy as np
+import pytest
+
+from sd_jax.checkpoints import CheckpointError
+from sd_jax.config import training_defaults
+from sd_jax.data.shapes import ShapesWorld
+from sd_jax.models.presets import TINY_SHAPES
+from sd_jax.prompts.tokenize import train_tokenizer
+from sd_jax.sampling.pipeline import Pipeline, load
+from sd_jax.training.loop import train
+from sd_jax.training.metrics import read_rows
+from tests.sampling.conftest import random_params
+
+RECIPE = {"prompt": "a red circle", "steps": 2, "width": 16, "height": 16, "output": "latents", "guidance_scale": 1.0}
+FILES = {"lora": "adapter.safetensors", "textual_inversion": "sks.safetensors", "hypernetwork": "hypernetwork.pt"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    world = ShapesWorld(16, num_examples=200, seed=0, split="train")
+    tokenizer = train_tokenizer([world.caption(i) for i in range(200)], folder / "tokenizer", 560)
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    spec = TINY_SHAPES.with_vocabulary("text_encoder", vocab_size=tokenizer.vocab_size, **ids)
+    Pipeline(spec, random_params(spec), tokenizer).save(folder / "model")
+    return folder / "model"
+
+
+def config_of(method, base, steps=6):
+    config = training_defaults(method)
+    config.init = str(base)
+    config.total_steps, config.batch_size = steps, 4
+    config.optimizer.warmup_steps, config.optimizer.learning_rate = 1, 0.02
+    config.data.num_examples, config.data.resolution, config.data.held_out = 40, 16, 0.0
+    config.data.num_workers = 0
+    config.checkpoint_steps = config.eval_steps = config.sample_steps = 0
+    if method == "textual_inversion":
+        config.textual_inversion.tokens = (("<sks>", 2, "red circle"),)
+        config.data.caption_key, config.data.prompt = "", "a <sks>"
+    if method == "lora":
+        config.adapter.rank = 2
+        config.adapter.targets = (r"attn\d/to_[qkv]$", r"text_encoder/.*fc1$")
+    if method == "lcm_lora":
+        config.adapter.rank = 2
+        config.data.cache_latents = config.data.cache_text = True
+        config.data.crop = "centre"
+    return config
+
+
+@pytest.fixture(scope="module")
+def runs(base, tmp_path_factory):
+    """{method: the workdir of six steps in one go}"""
+    made = {}
+    for method in ("lora", "textual_inversion", "hypernetwork", "lcm_lora"):
+        made[method] = tmp_path_factory.mktemp(method) / "run"
+        train(config_of(method, base), made[method])
+    return made
+
+
+@pytest.mark.parametrize("method", ["lora", "textual_inversion", "hypernetwork", "lcm_lora"])
+def test_a_run_leaves_a_file_that_does_what_it_learnt(runs, base, method):
+    rows = read_rows(runs[method])
+    assert len(rows) == 6 and np.isfinite([row["loss"] for row in rows]).all()
+    file = runs[method] / FILES.get(method, "adapter.safetensors")
+    pipe = load(base)
+    on = pipe.with_adapter(file)
+    prompt = "a <sks>" if method == "textual_inversion" else "a red circle"
+    recipe = {**RECIPE, "prompt": prompt}
+    assert np.abs(on.text_to_image(**recipe) - pipe.text_to_image(**recipe)).max() > 1e-4
+    if method == "textual_inversion":  # nothing else has changed
+        np.testing.assert_array_equal(on.text_to_image(**RECIPE), pipe.text_to_image(**RECIPE))
+
+
+def test_checkpoints_hold_the_adapter_alone(runs):
+    for run in runs.values():
+        with pytest.raises(
+            CheckpointError, match="an adapter of .*model, not a model: load that, and give .* as an adap"
+        ):
+            load(run)
+        sizes = sum(f.stat().st_size for f in (run / "checkpoints").rglob("*") if f.is_file())
+        assert sizes < 2_000_000
+
+
+@pytest.mark.parametrize("method", ["lora", "textual_inversion"])
+def test_resumed_is_uninterrupted(runs, base, tmp_path, method):
+    train(config_of(method, base, steps=3), tmp_path / "run")
+    train(config_of(method, base), tmp_path / "run")
+    assert [row["loss"] for row in read_rows(tmp_path / "run")] == [row["loss"] for row in read_rows(runs[method])]
+    assert (tmp_path / "run" / FILES[method]).read_bytes() == (runs[method] / FILES[method]).read_bytes()
+
+
+def test_vectors_keep_their_length(runs, base):
+    from sd_jax.adapters.textual_inversion import rows_of
+    from sd_jax.checkpoints import embeddings
+
+    pipe = load(base)
+    before = rows_of(pipe.spec, pipe.params, pipe.tokenizer, "red circle")["text_encoder"]
+    after = embeddings.load(runs["textual_inversion"] / FILES["textual_inversion"]).vectors["text_encoder"]
+    length = lambda rows: np.linalg.norm(np.asarray(rows), axis=-1)  # noqa: E731
+    np.testing.assert_allclose(length(after), length(before)[:2], rtol=1e-5)
+    assert np.abs(np.asarray(after) - np.asarray(before)[:2]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value", "message"),
+    [
+        ("lora", "adapter.rank", 4000, "config.adapter.rank=4000: unet/.* wide and gives .* numbers: give 1 to"),
+        ("lora", "adapter.algorithm", "glora", "config.adapter.algorithm='glora' is unknown: use lora, loha, lokr"),
+        ("lora", "adapter.targets", ("nowhere",), "'nowhere' finds no linear or convolution of unet, text_encoder"),
+        ("lora", "adapter.format", "pt", "config.adapter.format='pt' is unknown: use kohya or diffusers"),
+        ("lora", "data.cache_text", True, "config.data.cache_text keeps what the text encoders say"),
+        ("lora", "init", "", "config.model and config.init are both empty"),
+        ("textual_inversion", "textual_inversion.tokens", (("red", 2, "circle"),), "red"),
+        ("textual_inversion", "textual_inversion.tokens", (), r"give a \(word, vectors, words that it starts as\)"),
+        ("textual_inversion", "data.cache_text", True, "config.data.cache_text keeps what words say"),
+        ("hypernetwork", "hypernetwork.activation", "relux", "config.hypernetwork: activation='relux' is unknown"),
+        ("hypernetwork", "hypernetwork.widths", (5,), "config.hypernetwork.widths=5: attentions read"),
+        ("lcm_lora", "consistency.solver_steps", 7, "config.consistency.solver_steps=7: give a divisor of the 1000"),
+    ],
+)
+def test_what_cannot_be_is_one_line_before_anything_is_compiled(
+    base, tmp_path, monkeypatch, method, key, value, message
+):
+    config = config_of(method, base)
+    with config.unlocked():
+        config.update_from_flattened_dict({key: value})
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_, **__: pytest.fail("compiled"))
+    with pytest.raises((ValueError, CheckpointError), match=message):
+        train(config, tmp_path / "run")
