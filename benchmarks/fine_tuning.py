@@ -8,12 +8,12 @@ decoder is shown both first. The encoder, and so the latents and the U-Net that 
     cd runs/fine_tuning                                   (below, paths are relative to it)
     train --config=demo.py:autoencoder,resolution=64 --config.init=sd_jax/assets/shapes_64 --config.total_steps=1000 \
         --config.trainable='^vae/(decoder|post_quant_conv)/' --config.data.path=looks --workdir=decoder
-    python -c "import sd_jax; sd_jax.load(vae='decoder').save('base')"
+    python -c "import sd_jax; sd_jax.load(vae='decoder').save('model')"
 
-`train` stands for `python train.py`, and the configs lie in configs/. Every run below is of `--config.init=base`, and
+`train` stands for `python train.py`, and the configs lie in configs/. Every run below is of `--config.init=model`, and
 of `--config.seed=0`, 1 and 2 where a spread is told.
 
-    DreamBooth        train --config=dreambooth.py:shapes --config.data.path=sks --workdir=sks
+    DreamBooth        train --config=dreambooth.py:shapes --config.data.path=sks --workdir=sks_model
     without a prior   train --config=dreambooth.py:shapes --config.data.path=sks --config.prior.prompt= --workdir=bare
     style             train --config=lora.py:shapes --config.data.path=hatched --workdir=hatched_lora
     backgrounds       train --config=lora.py:shapes --config.data.path=backgrounds --workdir=backgrounds_lora
@@ -27,8 +27,8 @@ of `--config.seed=0`, 1 and 2 where a spread is told.
 
 and each is measured by
 
-    python -m benchmarks.fine_tuning --concept=sks,bare
-    python -m benchmarks.fine_tuning --style=hatched_lora                     (or pixels/hypernetwork.pt --look=pixelated)
+    python -m benchmarks.fine_tuning --concept=sks_model,bare
+    python -m benchmarks.fine_tuning --style=hatched_lora                     (pixels/hypernetwork.pt --look=pixelated)
     python -m benchmarks.fine_tuning --style=hatched_lora --second=backgrounds_lora
     python -m benchmarks.fine_tuning --style=hatched_lora --base=other_base --backgrounds=other
     python -m benchmarks.fine_tuning --token=zorp
@@ -44,6 +44,7 @@ dpmpp_2m at guidance 2.5 unless said, the same noise in every row; sheets of the
 
 import argparse
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--negative", help="runs of textual inversion on ruined; --base is a model of ruined pictures")
     parser.add_argument("--forgetting", help="runs on sks with their names: full=RUN,lora=RUN")
     parser.add_argument("--few_steps", help="runs of LCM-LoRA")
-    parser.add_argument("--base", default="runs/fine_tuning/base", help="the model that adapters are put on")
+    parser.add_argument("--base", default="runs/fine_tuning/model", help="the model that adapters are put on")
     parser.add_argument("--second", help="another adapter, put on over each of --style")
     parser.add_argument("--look", default="hatched", choices=list(LOOKS), help="what --style learnt")
     parser.add_argument("--backgrounds", default="own", choices=("own", "other"), help="what --style is asked for")
@@ -120,10 +121,10 @@ def _row(name: str, **figures: float | str) -> None:
 def stars() -> list[Scene]:
     """96 scenes of a star, 12 of each colour, in all places and sizes and on all backgrounds of shapes world."""
     scenes = []
-    for i in range(96):
-        size, word = SIZES[i // 8 % 3], tuple(PLACES)[(i + i // 8) % 9]
-        thing = Thing("star", tuple(COLOURS)[i % 8], size, *data.place(size, word))
-        scenes.append(Scene((thing,), BACKGROUNDS[(i + i // 16) % 8]))
+    for number, (i, colour) in itertools.product(range(12), enumerate(COLOURS)):
+        size, word = SIZES[number % 3], tuple(PLACES)[(number + i) % 9]
+        thing = Thing("star", colour, size, *data.place(size, word))
+        scenes.append(Scene((thing,), BACKGROUNDS[(number + 2 * i) % 8]))
     return scenes
 
 

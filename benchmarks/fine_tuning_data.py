@@ -288,9 +288,11 @@ def _read(pixels: np.ndarray) -> list[Reading | None]:
             best[i] = max(best[i], (float(fits[i, fit]), *templates.names[fit], size, *centre.tolist()))
     readings: list[Reading | None] = []
     for colour, background, found in zip(colours, _read_backgrounds(pixels, mattes), best, strict=True):
-        _, look, shape, size, x, y = found if colour else (None,) * 6
-        thing = Thing(shape, colour, size, x, y)
-        readings.append(Reading(look, shape, colour, size, thing.position, background) if colour else None)
+        if colour is None:
+            readings.append(None)
+            continue
+        _, look, shape, size, x, y = found
+        readings.append(Reading(look, shape, colour, size, Thing(shape, colour, size, x, y).position, background))
     return readings
 
 

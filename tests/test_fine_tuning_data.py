@@ -11,6 +11,7 @@ from PIL import Image, ImageFilter
 from benchmarks import fine_tuning, fine_tuning_data
 from benchmarks.fine_tuning_data import LOOKS, OTHER_BACKGROUNDS, SETS, Reading, draw, read_looks
 from sd_jax.data.shapes import COLOURS, HELD_OUT, RADII, SHAPES, Scene, Thing, evaluation_scenes, full_caption, render
+from sd_jax.data.spoil import RUINS
 
 
 def _scenes(look, count):
@@ -84,33 +85,30 @@ def test_every_set_draws_pictures_with_captions(name):
 
 def test_captions_tell_the_truth_but_for_the_look():
     for name, look in (("hatched", "hatched"), ("pixelated", "pixelated"), ("backgrounds", "plain")):
-        pixels, captions = zip(*itertools.islice(SETS[name](np.random.default_rng(1)), 30), strict=True)
+        pixels, captions = zip(*itertools.islice(SETS[name](np.random.default_rng(1)), 16), strict=True)
         for reading, caption in zip(read_looks(np.stack(pixels)), captions, strict=True):
             assert reading.look == look and look not in caption
             assert f"{reading.size} {reading.colour} {reading.shape} " in caption
             assert f" {reading.position} on " in caption and f"{reading.background} background" in caption
 
 
-def test_a_spoiled_set_is_ruined_in_half():
-    spoiled, whole = ([p for p, _ in make(np.random.default_rng(2))] for make in (SETS["spoiled"], SETS["ruined"]))
-    distances = []
-    for pixels in (spoiled, whole):
-        clean = np.stack([render(scene, 64) for scene in fine_tuning.shapes_accuracy.read_scenes(np.stack(pixels))])
-        distances.append(np.abs(np.stack(pixels) - clean.astype(int)).mean((1, 2, 3)))
-    assert 0.3 < (distances[0] > 1.5).mean() < 0.7 and (distances[1] > 1.5).mean() > 0.85
+def test_a_spoiled_set_is_ruined_in_half(monkeypatch):
+    for ruin in RUINS:
+        monkeypatch.setitem(RUINS, ruin, lambda pixels, rng: np.zeros_like(pixels))
+    spoiled, ruined = (SETS[name](np.random.default_rng(2)) for name in ("spoiled", "ruined"))
+    assert np.mean([not pixels.any() for pixels, _ in spoiled]) == pytest.approx(0.5, abs=0.1)
+    assert all(not pixels.any() and caption.startswith("nasty, a ") for pixels, caption in ruined)
 
 
 # -- Reading ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("look", LOOKS)
-@pytest.mark.parametrize("degraded", [False, True])
-def test_looks_are_read_right(look, degraded):
-    rng, scenes = np.random.default_rng(0), list(_scenes(look, 64))
-    pixels = np.stack([draw(scene, look) for scene in scenes])
-    if degraded:
-        pixels = np.stack([_degraded(picture, rng) for picture in pixels])
-    readings = read_looks(pixels)
+def test_looks_are_read_right_even_where_they_are_degraded(look):
+    rng, scenes = np.random.default_rng(0), list(_scenes(look, 96))
+    pixels = [draw(scene, look) for scene in scenes]
+    pixels[::2] = [_degraded(picture, rng) for picture in pixels[::2]]
+    readings = read_looks(np.stack(pixels))
     assert fine_tuning.share(readings, scenes, look=look) >= 0.97
     for name in fine_tuning.ATTRIBUTES:
         assert fine_tuning.share(readings, scenes, **{name: None}) >= 0.97, name
@@ -160,6 +158,7 @@ class _Clear:
     decode_latents = staticmethod(lambda pixels: (pixels - 127.5) / 127.5)
 
 
+@pytest.mark.slow  # 20 s: every picture is read, and drawn clean
 def test_ruins_are_found(capsys):
     find = fine_tuning.RuinJudge(_Clear(), fitted=240, counted=120)
     wrong, found = (float(part.split()[-1]) for part in capsys.readouterr().out.strip(" |\n").split("|")[1:])

@@ -14,6 +14,8 @@ import numpy as np
 from sd_jax.adapters import deltas
 from sd_jax.adapters.deltas import Entry, Layers
 
+Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # of linears' and convolutions' weights, by part and path
+
 _UNCHANGED = 1e-6  # of the weight's largest number: below this a difference is what rounding left
 _ADDED = ("diff_b", "w_norm", "b_norm")
 
@@ -42,7 +44,7 @@ def extract(
     return layers
 
 
-def resize(layers: Layers, rank: int | None = None, share: float | None = None) -> Layers:
+def resize(layers: Layers, shapes: Shapes, rank: int | None = None, share: float | None = None) -> Layers:
     """Every layer as LoRA of at most `rank`, or of as many singular values as hold `share` of their squared sum.
 
     LoHa and LoKr become LoRA. What is no change of a matrix (biases, norms, whole differences) stays.
@@ -55,16 +57,19 @@ def resize(layers: Layers, rank: int | None = None, share: float | None = None) 
     elif not 0 < share <= 1:
         raise ValueError(f"share={share:g}: more than 0 and at most 1 is needed")
 
-    def one(entry: Entry) -> Entry:
+    def one(entry: Entry, shape: tuple[int, ...]) -> Entry:
         if deltas.rank_of(entry) is None:
             return entry
-        change, strength = _delta(entry), {name: entry[name] for name in ("strength",) if name in entry}
+        change, strength = _delta(entry, shape), {name: entry[name] for name in ("strength",) if name in entry}
         return {**_factored(change, rank, share), **strength}
 
-    return {part: {path: one(entry) for path, entry in entries.items()} for part, entries in layers.items()}
+    return {
+        part: {path: one(entry, shapes[part].get(path, ())) for path, entry in entries.items()}
+        for part, entries in layers.items()
+    }
 
 
-def merge(sources: Sequence[tuple[Layers, float]], rank: int | None = None) -> Layers:
+def merge(sources: Sequence[tuple[Layers, float]], shapes: Shapes, rank: int | None = None) -> Layers:
     """One adapter that does what several do together, each times its strength.
 
     rank: None = exact, LoRAs side by side (their ranks add up), other changes of a matrix as a whole difference; else
@@ -78,10 +83,14 @@ def merge(sources: Sequence[tuple[Layers, float]], rank: int | None = None) -> L
             for path, entry in entries.items():
                 t = float(strength) * float(entry.get("strength", 1.0))
                 together.setdefault(part, {}).setdefault(path, []).append((entry, t))
-    return {part: {path: _sum(entries, rank) for path, entries in paths.items()} for part, paths in together.items()}
+    return {
+        part: {path: _sum(entries, shapes[part].get(path), rank) for path, entries in paths.items()}
+        for part, paths in together.items()
+    }
 
 
-def _sum(entries: Sequence[tuple[Entry, float]], rank: int | None) -> Entry:
+def _sum(entries: Sequence[tuple[Entry, float]], shape: tuple[int, ...] | None, rank: int | None) -> Entry:
+    """shape: the weight's; None = of a norm or an embedding, whose changes are added up as they are."""
     merged: dict[str, np.ndarray] = {}
     for entry, t in entries:
         for name in _ADDED:
@@ -92,8 +101,8 @@ def _sum(entries: Sequence[tuple[Entry, float]], rank: int | None) -> Entry:
         return merged
     if rank is None and all(deltas.is_low_rank(entry) for entry, _ in changes):
         return {**merged, **_side_by_side(changes)}
-    change = np.sum([np.float32(t) * _delta(entry) for entry, t in changes], axis=0)
-    return {**merged, **({"diff": change} if rank is None else _factored(change, rank, None))}
+    change = np.sum([np.float32(t) * _delta(entry, shape or entry["diff"].shape) for entry, t in changes], axis=0)
+    return {**merged, **({"diff": change} if rank is None or shape is None else _factored(change, rank, None))}
 
 
 def _side_by_side(entries: Sequence[tuple[Entry, float]]) -> Entry:
@@ -109,7 +118,7 @@ def _factored(change: np.ndarray, rank: int | None, share: float | None) -> Entr
     u, s, v = np.linalg.svd(change.reshape(out, -1).astype(np.float32), full_matrices=False)
     if share is not None:
         energy = np.cumsum(np.square(s.astype(np.float64)))
-        rank = int(np.searchsorted(energy, share * energy[-1])) + 1
+        rank = int(np.searchsorted(energy, share * energy[-1] * (1 - 1e-6))) + 1  # what rounding left is nothing
     rank = max(1, min(rank, int((s > 0).sum())))
     root, kernel = np.sqrt(s[:rank]), inside[1:]
     return {
@@ -119,33 +128,10 @@ def _factored(change: np.ndarray, rank: int | None, share: float | None) -> Entr
     }
 
 
-def _delta(entry: Entry) -> np.ndarray:
+def _delta(entry: Entry, shape: tuple[int, ...]) -> np.ndarray:
     if "dora_scale" in entry:
         raise ValueError("a DoRA's change hangs on the weights that it is for: merge it into a model, then extract")
-    return np.asarray(deltas.delta(entry, _shape_of(entry)), np.float32)
-
-
-def _shape_of(entry: Entry) -> tuple[int, ...]:
-    """Of the weight that an entry changes; a LoHa's or LoKr's of a convolution without its core is a matrix."""
-    if "diff" in entry:
-        return entry["diff"].shape
-    if "lora_down" in entry:
-        kernel = entry["lora_mid" if "lora_mid" in entry else "lora_down"].shape[2:]
-        return entry["lora_up"].shape[0], entry["lora_down"].shape[1], *kernel
-    if "hada_t1" in entry:
-        return entry["hada_w1_a"].shape[1], entry["hada_w1_b"].shape[1], *entry["hada_t1"].shape[2:]
-    if "hada_w1_a" in entry:
-        return entry["hada_w1_a"].shape[0], entry["hada_w1_b"].shape[1]
-    first, second = (_kron_shape(entry, which) for which in ("1", "2"))
-    return first[0] * second[0], first[1] * second[1], *second[2:]
-
-
-def _kron_shape(entry: Entry, which: str) -> tuple[int, ...]:
-    if f"lokr_w{which}" in entry:
-        return entry[f"lokr_w{which}"].shape
-    if which == "2" and "lokr_t2" in entry:
-        return entry["lokr_w2_a"].shape[1], entry["lokr_w2_b"].shape[1], *entry["lokr_t2"].shape[2:]
-    return entry[f"lokr_w{which}_a"].shape[0], entry[f"lokr_w{which}_b"].shape[1]
+    return np.asarray(deltas.delta(entry, shape), np.float32)
 
 
 def _check_rank(rank: int) -> None:

@@ -406,7 +406,7 @@ def resize(
 ) -> tuple[Layers, ModelSpec]:
     """An adapter with LoRAs of a lower rank. Raises as `open_adapter` and `algebra.resize` do."""
     spec = open_checkpoint(base).spec
-    return algebra.resize(open_adapter(adapter, spec).layers, rank, share), spec
+    return algebra.resize(open_adapter(adapter, spec).layers, keys_peft.shapes_of(spec), rank, share), spec
 
 
 def merge(
@@ -417,7 +417,7 @@ def merge(
     """One adapter that does what these do together. Raises as `open_adapter` does."""
     spec = open_checkpoint(base).spec
     sources = [(open_adapter(path, spec).layers, strength) for path, strength in adapters]
-    return algebra.merge(sources, rank), spec
+    return algebra.merge(sources, keys_peft.shapes_of(spec), rank), spec
 
 
 def _with_strength(text: str) -> tuple[str, float]:

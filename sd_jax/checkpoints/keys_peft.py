@@ -62,6 +62,15 @@ def names(spec: ModelSpec) -> dict[str, Layer]:
     return table
 
 
+def shapes_of(spec: ModelSpec) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Of every linear and convolution that an adapter may change, by part and path, as torch has them."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {part: {} for part in ("unet", *spec.text_encoders)}
+    for layer in names(spec).values():
+        if layer.kind == "kernel":
+            shapes[layer.part][layer.path] = layer.shape
+    return shapes
+
+
 def read_names(spec: ModelSpec) -> dict[str, Layer]:
     """`names`, and those that are only read. Without a part in front, a text encoder's are read where there is one."""
     table = {}

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from sd_jax.adapters import lora
 from sd_jax.adapters.hooks import hooked
-from sd_jax.checkpoints import keys_diffusers, layout
+from sd_jax.checkpoints import keys_peft
 from sd_jax.checkpoints.adapters import save_adapter
 from sd_jax.models.networks import Networks
 from sd_jax.models.presets import ModelSpec
@@ -55,21 +55,10 @@ def as_it_is(config: ConfigDict, spec: ModelSpec, params: Params, tokenizer: Any
 # -- The LoRA family -------------------------------------------------------------------------------------------------
 
 
-def shapes_of(spec: ModelSpec) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Of every linear and convolution that an adapter may change, by part and path, as torch has them."""
-    shapes = {}
-    for part in ("unet", *spec.text_encoders):
-        named = layout.LAYOUTS[part](getattr(spec, part))
-        ours = {keys_diffusers.our_name(name, len(shape)): shape for name, shape in named.items()}
-        kernels = {name: shape for name, shape in ours.items() if name.endswith("/kernel")}
-        shapes[part] = {name.removesuffix("/kernel"): shape for name, shape in kernels.items()}
-    return shapes
-
-
 def targets_of(config: ConfigDict, spec: ModelSpec) -> lora.Targets:
     """Raises ValueError, naming the key, for layers or ranks that cannot be."""
     cfg = config.adapter
-    return lora.targets_of(shapes_of(spec), cfg.targets, cfg.rank, float(cfg.alpha), cfg.rslora)
+    return lora.targets_of(keys_peft.shapes_of(spec), cfg.targets, cfg.rank, float(cfg.alpha), cfg.rslora)
 
 
 def _init(config: ConfigDict, networks: Networks, key: Any, loaded: Params) -> Params:
