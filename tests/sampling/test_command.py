@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from sd_jax import media
+from sd_jax.adapters.textual_inversion import Embedding
+from sd_jax.checkpoints import embeddings, keys_peft
+from sd_jax.checkpoints.adapters import save_adapter
 from sd_jax.checkpoints.clip import save_clip
 from sd_jax.sampling import command
 from sd_jax.sampling.command import Order, carry_out, read_prompts
@@ -408,3 +411,63 @@ def test_progress_and_previews(make, capfd, monkeypatch):
 
 def test_orders_have_what_a_recipe_has_not():
     assert not {field.name for field in dataclasses.fields(Order)} & {f.name for f in dataclasses.fields(Recipe)}
+
+
+# -- Adapters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapters(pipe, tmp_path_factory):
+    """A folder with a LoRA and the words of another."""
+    folder, rng = tmp_path_factory.mktemp("adapters"), np.random.default_rng(0)
+    path = "down_blocks_0/attentions_0/transformer_blocks_0/attn2/to_v"
+    out, into = keys_peft.shapes_of(pipe.spec)["unet"][path]
+    draw = lambda *shape: rng.normal(0, 2, shape).astype(np.float32)  # noqa: E731
+    entry = {"lora_down": draw(2, into), "lora_up": draw(out, 2), "alpha": np.float32(2)}
+    (folder / "styles").mkdir()
+    save_adapter(folder / "styles" / "ink.safetensors", {"unet": {path: entry}}, pipe.spec)
+    words = Embedding("zorp", {"text_encoder": draw(1, pipe.spec.text_encoder.hidden_size)})
+    embeddings.save(folder / "zorp.safetensors", words)
+    return folder
+
+
+def test_adapters_are_put_on_and_recorded(make, pipe, adapters):
+    ink = str(adapters / "styles" / "ink.safetensors")
+    fields = {**FEW, "prompt": "a red circle"}
+    plain, on = make(fields)["00000.png"], make(fields, adapters=(f"{ink}:0.5",))["00000.png"]
+    assert np.abs(on.astype(int) - plain).max() > 0
+    np.testing.assert_array_equal(on, pipe.with_adapter(ink, 0.5).text_to_image(**fields)[0])
+    again = make(recipe=str(make.folder / "00000.png"))["00000.png"]
+    np.testing.assert_array_equal(again, on)
+    tagged = make({**FEW, "prompt": "a red circle <lora:ink:0.5>"}, adapter_folder=str(adapters))["00000.png"]
+    np.testing.assert_array_equal(tagged, on)
+    again = make(recipe=str(make.folder / "00000.png"))["00000.png"]
+    np.testing.assert_array_equal(again, on)
+
+
+def test_words_are_known_to_prompts(make, pipe, adapters):
+    fields = {**FEW, "prompt": "a zorp"}
+    said = make(fields, embeddings=str(adapters))["00000.png"]
+    wanted = pipe.with_adapter(adapters / "zorp.safetensors").text_to_image(**fields)[0]
+    np.testing.assert_array_equal(said, wanted)
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ({"adapters": ("ink:much",)}, "--adapter=ink:much: give PATH, PATH:STRENGTH or PATH:STRENGTH:TEXT_STRENGTH"),
+        ({"adapters": ("nowhere.safetensors",)}, "nowhere.safetensors"),
+        ({"adapter_folder": "nowhere"}, "no such folder: nowhere"),
+    ],
+)
+def test_what_no_adapter_is(make, order, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        make({**FEW, "prompt": "x"}, **order)
+
+
+def test_tags_that_name_nothing(make, pipe, adapters):
+    with pytest.raises(ValueError, match="<lora:inc>: .* has no such file: .*ink"):
+        make({**FEW, "prompt": "x <lora:inc>"}, adapter_folder=str(adapters))
+    tagged = pipe.with_tags(adapters)
+    with pytest.raises(ValueError, match="prompts of one batch ask for different adapters"):
+        tagged.text_to_image(["a <lora:ink>", "b"], **FEW)
