@@ -182,8 +182,10 @@ def _train(config, workdir, dry_run, started, profile, only_caches, journal, sta
         with stages("checkpoint"):
             whole = step.whole_state(state)
             checkpoints.save(at, _tree(whole, kept, method.adapting is not None), data_state, model.meta(at), extra)
-            if method.adapting is not None and distributed.is_first():
-                method.adapting.save(config, model, whole.ema_model["adapter"], workdir)
+            if method.adapting is not None:
+                adapter = _on_host(whole.ema_model["adapter"])
+                if distributed.is_first():
+                    method.adapting.save(config, model, adapter, workdir)
         throughput.saved(at)
 
     due = lambda every, at: every and (at % every == 0 or at == config.total_steps)  # noqa: E731
