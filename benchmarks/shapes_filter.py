@@ -63,13 +63,16 @@ def main() -> None:
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/filter"))
     parser.add_argument("--judge", default="runs/features_1", help="a run of method 'features'")
     parser.add_argument("--prompts", type=int, default=512)
+    parser.add_argument("--guidance_scale", type=float, default=2.5)
+    parser.add_argument("--models_only", action="store_true", help="leave the head and what was kept out")
     options = parser.parse_args()
     if options.make:
         for name in SETS:
             write(options.make / name, spoiled(*SETS[name]))
         return
-    _filter(options.folder)
-    _models(options.folder, options.judge, options.prompts)
+    if not options.models_only:
+        _filter(options.folder)
+    _models(options.folder, options.judge, options.prompts, options.guidance_scale)
 
 
 def spoiled(count: int, seed: int, rate: float = 0.1, told: float = 0.0) -> SpoiledSource:
@@ -127,13 +130,13 @@ def _ruins_in(folder: pathlib.Path) -> list[str]:
 # -- What models draw that learnt from either --------------------------------------------------------------------------
 
 
-def _models(folder: pathlib.Path, judge: str, prompts: int) -> None:
+def _models(folder: pathlib.Path, judge: str, prompts: int, scale: float) -> None:
     pipes = {name: sd_jax.load(folder / f"model_{name}") for name in MODELS}
     find = _Judge(judge, pipes["raw"])
     captions = [full_caption(scene) for scene in evaluation_scenes("seen", prompts)]
     for name, pipe in pipes.items():
         drawn = [
-            pipe.text_to_image(captions[i : i + BATCH], seed=i, guidance_scale=2.5, steps=20, sampler="dpmpp_2m")
+            pipe.text_to_image(captions[i : i + BATCH], seed=i, guidance_scale=scale, steps=20, sampler="dpmpp_2m")
             for i in range(0, prompts, BATCH)
         ]
         pixels = np.concatenate(drawn)
