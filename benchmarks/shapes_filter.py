@@ -11,7 +11,7 @@
         --config.total_steps=1000 --workdir=runs/filter/autoencoder
     python -c "import sd_jax; sd_jax.load(vae='runs/filter/autoencoder').save('runs/filter/base')"
     for name in raw kept; do python train.py --config=configs/shapes.py:plain --config.init=runs/filter/base \
-        --config.data.path=runs/filter/$name --workdir=runs/filter/model_$name; done
+        --config.total_steps=1500 --config.data.path=runs/filter/$name --workdir=runs/filter/model_$name; done
     python -m benchmarks.shapes_filter --judge=runs/features_1     (a run of benchmarks/shapes_autoencoder.py)
 
 The captions of `web`, which the CLIP learns from, say of ruined pictures that they are, as those of the web do at
