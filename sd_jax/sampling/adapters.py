@@ -30,6 +30,7 @@ from sd_jax.types import AnyArray
 if TYPE_CHECKING:
     from sd_jax.sampling.pipeline import Pipeline
 
+HYPERNETWORK = "hypernetwork.pt"  # what a run of that method leaves in its workdir
 SUFFIXES = (".safetensors", ".pt", ".bin")
 
 logger = getLogger(__name__)
@@ -125,11 +126,13 @@ def put_on(
 
 
 def open_any(path: str | pathlib.Path, pipe: "Pipeline") -> Layers | Hypernetwork | list[Embedding]:
-    """What a file holds, told by its content; of a folder without a LoRA's file, the embeddings in it.
+    """What a file holds, told by its content; of a run's workdir what it left, of another folder the embeddings in it.
 
     Raises FileNotFoundError or CheckpointError.
     """
     path = pathlib.Path(path)
+    if (path / HYPERNETWORK).is_file():
+        return hypernetworks.load(path / HYPERNETWORK)
     if path.is_dir():
         found = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and _is_embedding(file)]
         return [embeddings.load(file) for file in found] if found else open_adapter(path, pipe.spec).layers

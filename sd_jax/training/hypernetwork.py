@@ -18,13 +18,12 @@ from sd_jax.adapters.hypernetwork import Hypernetwork
 from sd_jax.checkpoints import hypernetworks
 from sd_jax.models.networks import Networks
 from sd_jax.models.presets import ModelSpec
+from sd_jax.sampling import adapters
 from sd_jax.training import full
 from sd_jax.training.adapting import as_it_is, method_of
 from sd_jax.training.context import Context
 from sd_jax.training.method import Adapting
 from sd_jax.types import Params
-
-FILE = "hypernetwork.pt"
 
 
 def widths_of(spec: ModelSpec) -> tuple[int, ...]:
@@ -67,7 +66,7 @@ def _put_on(config: ConfigDict, pipe: Any, layers: Params) -> Any:
 
 def _save(config: ConfigDict, model: Any, layers: Params, workdir: pathlib.Path) -> None:
     worn = _with(config, model.networks.spec, jax.device_get(layers))
-    hypernetworks.save(workdir / FILE, worn, overwrite=True)
+    hypernetworks.save(workdir / adapters.HYPERNETWORK, worn, overwrite=True)
 
 
 def check(config: ConfigDict, spec: ModelSpec) -> None:

@@ -64,9 +64,9 @@ def runs(base, tmp_path_factory):
 def test_a_run_leaves_a_file_that_does_what_it_learnt(runs, base, method):
     rows = read_rows(runs[method])
     assert len(rows) == 6 and np.isfinite([row["loss"] for row in rows]).all()
-    file = runs[method] / FILES.get(method, "adapter.safetensors")
+    assert (runs[method] / FILES.get(method, "adapter.safetensors")).is_file()
     pipe = load(base)
-    on = pipe.with_adapter(file)
+    on = pipe.with_adapter(runs[method])
     prompt = "a <sks>" if method == "textual_inversion" else "a red circle"
     recipe = {**RECIPE, "prompt": prompt}
     assert np.abs(on.text_to_image(**recipe) - pipe.text_to_image(**recipe)).max() > 1e-4
