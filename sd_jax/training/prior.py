@@ -2,7 +2,7 @@
 
 Mixed into the batches (`data/mixed.py`) they keep the class what it was. Picture i is drawn from seed i with the
 settings of `config.samples`, and lies with its caption in workdir/prior: a run that was stopped makes those that are
-missing.
+missing. Prompts that are as long as the captions beside them keep more than one short one does: a file holds several.
 """
 
 import pathlib
@@ -11,6 +11,7 @@ from logging import getLogger
 from ml_collections import ConfigDict
 
 from sd_jax import distributed, media
+from sd_jax.sampling.command import read_prompts
 from sd_jax.sampling.pipeline import Pipeline
 from sd_jax.training.start import Model
 
@@ -39,17 +40,24 @@ def prior_folder(config: ConfigDict, model: Model, workdir: pathlib.Path) -> str
     return str(folder)
 
 
+def prompts_of(config: ConfigDict) -> list[str]:
+    """Of the pictures, in turns: the prompt, or the lines of the file that it names."""
+    prompt = config.prior.prompt
+    return read_prompts(prompt) if prompt.endswith(".txt") else [prompt]
+
+
 def _make(config: ConfigDict, model: Model, folder: pathlib.Path, missing: set[int]) -> None:
     samples, side, size = config.samples, config.data.resolution, min(AT_ONCE, config.batch_size)
     fields = {name: samples[name] for name in ("sampler", "schedule", "steps", "guidance_scale")}
     pipe = Pipeline(model.networks.spec, model.loaded, model.tokenizer, config.dtype, config.init)
-    prompt = config.prior.prompt
-    logger.info("making %d pictures of %r in %s", len(missing), prompt, folder)
+    prompts = prompts_of(config)
+    logger.info("making %d pictures of %r in %s", len(missing), config.prior.prompt, folder)
     for begin in range(0, config.prior.count, size):
         wanted = missing.intersection(range(begin, begin + size))
         if not wanted:
             continue
-        pictures = pipe.text_to_image(prompt, seed=begin, batch_size=size, width=side, height=side, **fields)
+        texts = [prompts[number % len(prompts)] for number in range(begin, begin + size)]
+        pictures = pipe.text_to_image(texts, seed=begin, width=side, height=side, **fields)
         for number in sorted(wanted):
-            (folder / f"{number:05d}.txt").write_text(prompt, encoding="utf-8")
+            (folder / f"{number:05d}.txt").write_text(texts[number - begin], encoding="utf-8")
             media.write_png(folder / f"{number:05d}.png", pictures[number - begin], {})
