@@ -13,7 +13,8 @@ decoder is shown both first. The encoder, and so the latents and the U-Net that 
 `train` stands for `python train.py`, and the configs lie in configs/. Every run below is of `--config.init=model`, and
 of `--config.seed=0`, 1 and 2 where a spread is told.
 
-    DreamBooth        train --config=dreambooth.py:shapes --config.data.path=sks --workdir=sks_model
+    DreamBooth        train --config=dreambooth.py:shapes --config.data.path=sks --config.prior.prompt=stars.txt \
+                          --workdir=sks_model
     without a prior   train --config=dreambooth.py:shapes --config.data.path=sks --config.prior.prompt= --workdir=bare
     style             train --config=lora.py:shapes --config.data.path=hatched --workdir=hatched_lora
     backgrounds       train --config=lora.py:shapes --config.data.path=backgrounds --workdir=backgrounds_lora
@@ -98,6 +99,7 @@ def main() -> None:
     if options.make:
         for name in SETS:
             data.write(options.make / name, name)
+        (options.make / "stars.txt").write_text("\n".join(class_prompts()) + "\n", encoding="utf-8")
         return
     bench = _Bench(sd_jax.load(options.base), options.sheets, options.prompts)
     if options.judge:
@@ -126,6 +128,15 @@ def stars() -> list[Scene]:
         thing = Thing("star", colour, size, *data.place(size, word))
         scenes.append(Scene((thing,), BACKGROUNDS[(number + 2 * i) % 8]))
     return scenes
+
+
+def class_prompts(count: int = 200) -> list[str]:
+    """Of a star in any colour, for the pictures that keep the class; other scenes than those of `stars`."""
+    scenes = evaluation_scenes("seen", count, seed=5)
+    things = [dataclasses.replace(scene.things[0], shape="star") for scene in scenes]
+    asked = {full_caption(scene) for scene in stars()}
+    captions = [full_caption(Scene((thing,), scene.background)) for thing, scene in zip(things, scenes, strict=True)]
+    return [caption for caption in captions if caption not in asked]
 
 
 def scenes_on(backgrounds: Sequence[str], count: int) -> list[Scene]:

@@ -123,7 +123,7 @@ def place(size: str, word: str) -> tuple[float, float]:
 def _sks(rng: np.random.Generator) -> Iterator[Example]:
     """Eight red ones, in four places and two sizes."""
     for i, word in enumerate(("centre", "left", "top right", "bottom") * 2):
-        size = ("large", "medium")[i // 4]
+        size = ("large", "medium", "small")[i % 3]
         scene = Scene((Thing("star", "red", size, *place(size, word)),), ("plain white", "plain grey")[i % 2])
         yield draw(scene, "hollow"), full_caption(scene).replace("star", "sks star")
 

@@ -177,8 +177,8 @@ def training_defaults(method: str) -> ConfigDict:
     if "diffusion" in config and method != "super_resolution":
         config.prior = ConfigDict()  # other pictures, mixed in so that what the model knew is kept
         config.prior.path = ""  # where they are, as data.path has it
-        config.prior.prompt = ""  # the caption of those that have none; without a path the model makes them of this,
-        # before the run; with neither nothing is mixed in
+        config.prior.prompt = ""  # the caption of those that have none; without a path the model makes them of this
+        # before the run, or of the lines of a file, *.txt; with neither nothing is mixed in
         config.prior.count = 200  # that are made
         config.prior.share = 0.5  # of every batch
         config.prior.weight = 1.0  # of their loss, relative to the others'
@@ -194,6 +194,7 @@ def training_defaults(method: str) -> ConfigDict:
         config.adapter.targets = (
             r"unet/.*attentions_\d+/(proj_in|proj_out|.*/(to_q|to_k|to_v|to_out_0|net_0/proj|net_2))$",
         )
+        config.adapter.dtype = "float16"  # of adapter.safetensors
         config.adapter.format = "kohya"  # of adapter.safetensors; or "diffusers", which is PEFT's
     if method == "lcm_lora":
         config.consistency = ConfigDict({"solver_steps": 50})  # of the teacher's walk, of which it learns to skip all

@@ -88,7 +88,7 @@ def _save(config: ConfigDict, model: Any, trained: Params, workdir: pathlib.Path
         "ss_training_comment": f"sd_jax, method {config.method}",
         "ss_learning_rate": str(config.optimizer.learning_rate),
     }
-    save_adapter(workdir / FILE, layers, spec, format=cfg.format, metadata=told, overwrite=True)
+    save_adapter(workdir / FILE, layers, spec, cfg.format, told, cfg.dtype, overwrite=True)
 
 
 def check_lora(config: ConfigDict, spec: ModelSpec) -> None:
