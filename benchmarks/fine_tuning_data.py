@@ -121,7 +121,7 @@ def place(size: str, word: str) -> tuple[float, float]:
 
 
 def _sks(rng: np.random.Generator) -> Iterator[Example]:
-    """Eight red ones, in four places and two sizes."""
+    """Eight red ones, in four places and three sizes."""
     for i, word in enumerate(("centre", "left", "top right", "bottom") * 2):
         size = ("large", "medium", "small")[i % 3]
         scene = Scene((Thing("star", "red", size, *place(size, word)),), ("plain white", "plain grey")[i % 2])
