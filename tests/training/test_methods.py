@@ -268,7 +268,7 @@ def test_methods_say_which_there_are():
     config = training_defaults("full")
     assert method_of(config) is METHODS["full"]
     config.method = "lora2"
-    with pytest.raises(ValueError, match="config.method='lora2' is unknown: use full, autoencoder"):
+    with pytest.raises(ValueError, match="config.method='lora2' is unknown: use full, dreambooth, lora"):
         method_of(config)
 
 
