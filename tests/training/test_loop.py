@@ -52,7 +52,7 @@ def test_dry_run_tells_and_trains_nothing(tmp_path):
         (["--config.total_stepps=3"], "total_stepps"),
         (["--config.data.path=no/such/folder"], "no/such/folder"),
         (["--config.init=no/such/file.safetensors"], "no/such/file.safetensors"),
-        (["--config.method=dreambooth"], "dreambooth"),
+        (["--config.method=dreamboot"], "dreamboot"),
         (["--config.mesh.data=3"], "config.mesh"),
         (["--config.parallelism=threads"], "parallelism"),
         (["--config.batch_size=7", "--config.grad_accumulation=2"], "batch_size=7"),
