@@ -29,7 +29,7 @@ from sd_jax.config import parse_arg
 def get_config(arg: str | None = None) -> ConfigDict:
     args = parse_arg(arg, **ARGS)
     config = for_checkpoint("lora", args)
-    config.total_steps = 400 if args.shapes else 2000
+    config.total_steps = 700 if args.shapes else 2000
     config.optimizer.learning_rate = 2e-3 if args.shapes else 1e-4
     config.adapter.rank = 4 if args.shapes else 8
     if args.runlocal:
