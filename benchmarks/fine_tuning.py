@@ -60,10 +60,8 @@ from sd_jax.checkpoints import files
 from sd_jax.data.shapes import (
     COLOURS,
     PLACES,
-    SIZES,
     Scene,
     Thing,
-    draw_scene,
     evaluation_scenes,
     full_caption,
     render,
@@ -75,7 +73,7 @@ from sd_jax.evals import shapes_accuracy
 BATCH, SHOWN = 32, 48
 ATTRIBUTES = ("colour", "shape", "size", "position", "background")
 RECIPE = {"guidance_scale": 2.5, "steps": 20, "sampler": "dpmpp_2m"}
-FEW_STEPS = {"guidance_scale": 1.0, "steps": 4, "sampler": "lcm", "schedule": "lcm"}
+FEW_STEPS = {"guidance_scale": 1.0, "sampler": "lcm", "schedule": "lcm"}
 ADAPTER = "adapter.safetensors"  # what a run of the LoRA family leaves
 
 
@@ -90,6 +88,7 @@ def main() -> None:
     parser.add_argument("--forgetting", help="runs on sks with their names: full=RUN,lora=RUN")
     parser.add_argument("--few_steps", help="runs of LCM-LoRA")
     parser.add_argument("--base", default="runs/fine_tuning/model", help="the model that adapters are put on")
+    parser.add_argument("--sound", default="runs/fine_tuning/model", help="whose pictures the judge of ruins learns by")
     parser.add_argument("--second", help="another adapter, put on over each of --style")
     parser.add_argument("--look", default="hatched", choices=list(LOOKS), help="what --style learnt")
     parser.add_argument("--backgrounds", default="own", choices=("own", "other"), help="what --style is asked for")
@@ -101,7 +100,7 @@ def main() -> None:
             data.write(options.make / name, name)
         (options.make / "stars.txt").write_text("\n".join(class_prompts()) + "\n", encoding="utf-8")
         return
-    bench = _Bench(sd_jax.load(options.base), options.sheets, options.prompts)
+    bench = _Bench(sd_jax.load(options.base), options.sound, options.sheets, options.prompts)
     if options.judge:
         bench.judges()
     for name in ("concept", "token", "negative", "few_steps", "forgetting"):
@@ -121,21 +120,23 @@ def _row(name: str, **figures: float | str) -> None:
 
 
 def stars() -> list[Scene]:
-    """96 scenes of a star, 12 of each colour, in all places and sizes and on all backgrounds of shapes world."""
+    """96 scenes of a medium or large star, 12 of each colour, in all places and on all backgrounds of shapes world."""
     scenes = []
     for number, (i, colour) in itertools.product(range(12), enumerate(COLOURS)):
-        size, word = SIZES[number % 3], tuple(PLACES)[(number + i) % 9]
+        size, word = ("large", "medium")[number % 2], tuple(PLACES)[(number + i) % 9]
         thing = Thing("star", colour, size, *data.place(size, word))
         scenes.append(Scene((thing,), BACKGROUNDS[(number + 2 * i) % 8]))
     return scenes
 
 
 def class_prompts(count: int = 200) -> list[str]:
-    """Of a star in any colour, for the pictures that keep the class; other scenes than those of `stars`."""
+    """Of a star in any colour, for the pictures that keep the class; every other one is told in full, and those are of
+    other scenes than `stars`."""
     scenes = evaluation_scenes("seen", count, seed=5)
     things = [dataclasses.replace(scene.things[0], shape="star") for scene in scenes]
+    scenes = [Scene((thing,), scene.background) for thing, scene in zip(things, scenes, strict=True)]
+    captions = [(full_caption if i % 2 else data.short_caption)(scene) for i, scene in enumerate(scenes)]
     asked = {full_caption(scene) for scene in stars()}
-    captions = [full_caption(Scene((thing,), scene.background)) for thing, scene in zip(things, scenes, strict=True)]
     return [caption for caption in captions if caption not in asked]
 
 
@@ -176,8 +177,8 @@ def accuracy(readings: Sequence[Reading | None], scenes: Sequence[Scene]) -> flo
 
 
 class _Bench:
-    def __init__(self, base, sheets: pathlib.Path, prompts: int):
-        self.base, self.sheets, self.prompts = base, sheets, prompts
+    def __init__(self, base, sound: str, sheets: pathlib.Path, prompts: int):
+        self.base, self.sound, self.sheets, self.prompts = base, sound, sheets, prompts
 
     def draw(self, pipe, captions: Sequence[str], sheet: str = "", **recipe) -> np.ndarray:
         """Pictures of captions, and a sheet of the first ones."""
@@ -207,17 +208,20 @@ class _Bench:
             self._concept(run, self.base if run == "base" else self.result_of(run))
 
     def _concept(self, name: str, pipe, **more: float) -> None:
+        """`concept` is asked for as "a blue sks star", `told` in full; the class half so, half so, without the name."""
         scenes = stars()
-        captions = [full_caption(scene) for scene in scenes]
-        named = [caption.replace("star", "sks star") for caption in captions]
-        new, old = (
-            read_looks(self.draw(pipe, texts, f"{kind}_{name}"))
-            for kind, texts in (("concept", named), ("class", captions))
-        )
+        short, full = ([caption(scene) for scene in scenes] for caption in (data.short_caption, full_caption))
+        asked = {
+            "concept": [data.named(caption) for caption in short],
+            "told": [data.named(caption) for caption in full],
+            "class": [(full, short)[i % 2][i] for i in range(len(scenes))],
+        }
+        new, told, old = (read_looks(self.draw(pipe, captions, f"{kind}_{name}")) for kind, captions in asked.items())
         _row(
             name,
             concept=share(new, scenes, look="hollow", shape="star", colour=None),
-            in_its_place=share(new, scenes, look="hollow", shape="star", colour=None, position=None),
+            told=share(told, scenes, look="hollow", shape="star", colour=None),
+            in_its_place=share(told, scenes, look="hollow", shape="star", colour=None, position=None),
             class_kept=share(old, scenes, look="plain", shape="star"),
             polluted=share(old, scenes, look="hollow"),
             **more,
@@ -258,7 +262,7 @@ class _Bench:
 
     def negative(self, runs: Sequence[str], word: str = "nasty") -> None:
         scenes = evaluation_scenes("seen", self.prompts)
-        captions, find = [full_caption(scene) for scene in scenes], RuinJudge(self.base)
+        captions, find = [full_caption(scene) for scene in scenes], self.judge_of_ruins()
         for run in ("", *runs):
             pipe, settings = (self.worn(run), {"negative_prompt": word}) if run else (self.base, {})
             pixels = self.draw(pipe, captions, f"negative_{run or 'without'}", **settings)
@@ -275,19 +279,24 @@ class _Bench:
             self._concept(name, pipe, old_attributes=accuracy(readings, scenes), old_plain=plain)
 
     def few_steps(self, runs: Sequence[str]) -> None:
-        scenes = evaluation_scenes("seen", self.prompts)
+        """With `lcm`, against 25 steps of the base as the other rows have them."""
+        scenes = evaluation_scenes("seen", self.prompts // 2)
+        scenes += evaluation_scenes("seen", self.prompts // 2, two_objects=1.0)
         captions = [full_caption(scene) for scene in scenes]
 
         def attributes(name: str, pipe, **recipe) -> float:
             found = shapes_accuracy.accuracy(self.draw(pipe, captions, f"steps_{name}", **recipe), scenes)
-            return float(np.mean([found[attribute] for attribute in ATTRIBUTES]))
+            return float(np.mean(list(found.values())))
 
         long = attributes("base_25", self.base, steps=25)
         _row("base, 25 steps", attributes=long)
-        _row("base, 4 steps of lcm", attributes=attributes("base_4", self.base, **FEW_STEPS))
-        for run in runs:
-            short = attributes(run, self.worn(run), **FEW_STEPS)
-            _row(run, attributes=short, of_25_steps=short / long)
+        for run in ("", *runs):
+            pipe = self.worn(run) if run else self.base
+            found = {
+                count: attributes(f"{run or 'base'}_{count}", pipe, **FEW_STEPS, steps=count) for count in (1, 2, 4)
+            }
+            figures = {f"steps_{count}": value for count, value in found.items()}
+            _row(run or "base", **figures, of_25_steps=found[4] / long)
 
     def judges(self) -> None:
         """Of pictures drawn anew, as they are and through the base's autoencoder."""
@@ -301,7 +310,11 @@ class _Bench:
                 readings = read_looks(seen)
                 each = {attribute: share(readings, scenes, **{attribute: None}) for attribute in ATTRIBUTES}
                 _row(name, look=share(readings, scenes, look=look), **each)
-        RuinJudge(self.base)
+        self.judge_of_ruins()
+
+    def judge_of_ruins(self) -> "RuinJudge":
+        sound = sd_jax.load(self.sound)
+        return RuinJudge(lambda captions: self.draw(sound, captions), sound)
 
 
 def through(pipe, pixels: np.ndarray) -> np.ndarray:
@@ -324,29 +337,34 @@ class RuinJudge:
     """Pixels -> which are ruined as `sd_jax.data.spoil` ruins, by how they differ from what they should look like.
 
     What a picture shows is read, and drawn clean beside it. A quadric parts sound pictures from ruined ones by the
-    residual, its colour, and the steepest edges against the clean ones. It is fitted to pictures that went through the
-    model's autoencoder, and its errors are counted on others.
+    residual, its colour, and the steepest edges against the clean ones. It is fitted to what a sound model draws, a
+    half of it ruined; what is ruined, and half of what is not, went through the autoencoder again. Its errors are
+    counted on others.
     """
 
-    def __init__(self, pipe, fitted: int = 1500, counted: int = 500):
-        x, bad = self._seen(pipe, fitted, 21)
-        self._mean, self._std = x.mean(0), x.std(0) + 1e-6
+    def __init__(self, draw: Callable[[Sequence[str]], np.ndarray], pipe, fitted: int = 960, counted: int = 320):
+        scenes = evaluation_scenes("seen", fitted + counted, seed=21)
+        x, bad = self._seen(draw([full_caption(scene) for scene in scenes]), pipe)
+        self._mean, self._std = x[:fitted].mean(0), x[:fitted].std(0) + 1e-6
         x = self._quadric(x)
-        self._weights = np.linalg.solve(x.T @ x + len(x) * 1e-3 * np.eye(x.shape[1]), x.T @ (2.0 * bad - 1.0))
-        x, bad = self._seen(pipe, counted, 22)
-        found = self._quadric(x) @ self._weights > 0
+        own = x[:fitted]
+        self._weights = np.linalg.solve(
+            own.T @ own + fitted * 1e-3 * np.eye(own.shape[1]), own.T @ (2.0 * bad[:fitted] - 1.0)
+        )
+        found, bad = x[fitted:] @ self._weights > 0, bad[fitted:]
         _row("the judge of ruins", sound_called_ruined=found[~bad].mean().item(), ruined_found=found[bad].mean().item())
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         return self._quadric(_traits(pixels)) @ self._weights > 0
 
-    def _seen(self, pipe, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        rng = np.random.default_rng(seed)
-        pixels = np.stack([render(draw_scene(rng), data.SIDE) for _ in range(count)])
-        bad = np.arange(count) % 2 == 1
+    def _seen(self, pixels: np.ndarray, pipe) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(21)
+        kind = np.arange(len(pixels)) % 4
+        bad = kind % 2 == 1
+        spoilt = pixels.copy()
         for i in np.flatnonzero(bad):
-            pixels[i] = RUINS[list(RUINS)[i // 2 % len(RUINS)]](pixels[i], rng)
-        return _traits(through(pipe, pixels)), bad
+            spoilt[i] = RUINS[list(RUINS)[i // 2 % len(RUINS)]](pixels[i], rng)
+        return _traits(np.where((kind == 0)[:, None, None, None], pixels, through(pipe, spoilt))), bad
 
     def _quadric(self, x: np.ndarray) -> np.ndarray:
         x = (x - self._mean) / self._std

@@ -35,6 +35,7 @@ from sd_jax.data.shapes import (
     Scene,
     ShapesWorld,
     Thing,
+    _noun,
     draw_scene,
     full_caption,
 )
@@ -121,11 +122,21 @@ def place(size: str, word: str) -> tuple[float, float]:
 
 
 def _sks(rng: np.random.Generator) -> Iterator[Example]:
-    """Eight red ones, in four places and three sizes."""
+    """Eight red ones in four places, large and medium, every other one told in full."""
     for i, word in enumerate(("centre", "left", "top right", "bottom") * 2):
-        size = ("large", "medium", "small")[i % 3]
+        size = ("large", "medium")[(i // 2 + i // 4) % 2]
         scene = Scene((Thing("star", "red", size, *place(size, word)),), ("plain white", "plain grey")[i % 2])
-        yield draw(scene, "hollow"), full_caption(scene).replace("star", "sks star")
+        yield draw(scene, "hollow"), named(short_caption(scene) if (i + i // 4) % 2 else full_caption(scene))
+
+
+def short_caption(scene: Scene) -> str:
+    """ "a red star"."""
+    return _noun("", scene.things[0].colour, scene.things[0].shape)
+
+
+def named(caption: str) -> str:
+    """A caption of a star as one of an sks star."""
+    return caption.replace("star", "sks star")
 
 
 def _in_look(look: str, backgrounds: Sequence[str] = (), count: int = 200) -> Callable:

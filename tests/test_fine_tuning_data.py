@@ -70,8 +70,10 @@ def test_a_set_is_written_with_its_captions(tmp_path):
     for caption, reading in zip(captions, read_looks(pixels), strict=True):
         told = caption.read_text(encoding="utf-8")
         assert reading[:3] == ("hollow", "star", "red")
-        assert f"a {reading.size} red sks star" in told and f"the {reading.position} on" in told
-        assert f"a {reading.background} background" in told
+        if told != "a red sks star\n":
+            assert f"a {reading.size} red sks star" in told and f"the {reading.position} on" in told
+            assert f"a {reading.background} background" in told
+    assert [caption.stat().st_size < 20 for caption in captions].count(True) == 4
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -143,9 +145,9 @@ def test_shares_count_what_is_right():
 def test_prompts_name_every_colour_place_and_size_as_often():
     scenes = fine_tuning.stars()
     assert len({full_caption(scene) for scene in scenes}) == 96
-    for name, options in (("colour", COLOURS), ("size", RADII), ("position", range(9)), ("background", range(8))):
+    for name, options in (("colour", len(COLOURS)), ("size", 2), ("position", 9), ("background", 8)):
         counts = np.unique([fine_tuning.truth(scene, name) for scene in scenes], return_counts=True)[1]
-        assert len(counts) == len(options) and counts.max() - counts.min() <= 2, (name, counts)
+        assert len(counts) == options and counts.max() - counts.min() <= 2, (name, counts)
     others = fine_tuning.scenes_on(OTHER_BACKGROUNDS, 32)
     assert {scene.background for scene in others} == set(OTHER_BACKGROUNDS)
     assert {scene.things[0].shape for scene in others} == set(SHAPES)

@@ -8,11 +8,14 @@ trained on (`seen`) and for pairs that it never saw together (`held_out`). Furth
     aesthetic                    --clip=PATH --aesthetic=FILE
     reconstruction               --data; LPIPS with --lpips=vgg16.pth,vgg.pth, rFID with --inception
 
+What fine-tuning made a model forget: --base=PATH, the model that it began from, adds each of these figures before and
+after, and sheets of the same prompts and noise. --adapter=PATH:STRENGTH and --embeddings=DIR are put on the model.
+
 Captions are those of --captions (a file, one a line), else of the data. Of a workdir, the data is by default what it
 was trained on. What DIR holds afterwards:
 
     report.json   all figures, and which weights they come from
-    *.png         samples of shapes world, pictures of captions, reconstructions
+    *.png         samples of shapes world, pictures of captions, reconstructions; before-*.png are those of --base
     sweep.json, sweep.png     --guidance_scales=1,2,3,5,8: figures at each, and the FID-CLIP curve
     README.md                 --card=apache-2.0: a model card
     reference-*.npz           what the network said of the real pictures, for the next time (or in --cache)
@@ -32,6 +35,8 @@ from sd_jax.evals.order import Order  # noqa: E402
 
 _TEXTS = {
     "checkpoint": "The model: any path that sd_jax.load takes; none = the bundled model.",
+    "embeddings": "A file of textual inversion, or a folder of them.",
+    "base": "The model before it was fine-tuned, any path that sd_jax.load takes.",
     "weights": "Of a workdir: ema, raw, or ema:0.999 where there are several averages.",
     "dtype": "Of weights and computation: float32, bfloat16 or float16.",
     "captions": "A file of captions, one a line; none = those of the data.",
@@ -68,6 +73,7 @@ flags.DEFINE_list(
 )
 flags.DEFINE_enum("features", "inception", ("inception", "clip"), "The network behind FID, KID, precision and recall.")
 flags.DEFINE_float("guidance_scale", Order.guidance_scale, "Recipe: guidance_scale.")
+flags.DEFINE_multi_string("adapter", [], "PATH, PATH:STRENGTH or PATH:STRENGTH:TEXT_STRENGTH; may be given again.")
 flags.DEFINE_list("guidance_scales", [], "Scales of a sweep, joined by commas.")
 flags.DEFINE_list("stages", [], "Workdirs whose seconds are part of the report's total.")
 flags.DEFINE_string("card", "", "Write a model card too, with this licence: an identifier of the hub.")
@@ -94,7 +100,7 @@ def _judge(options) -> None:
     from sd_jax.evals.card import CURVE, check_licence, model_card
     from sd_jax.evals.reference import trained_with
 
-    names = (*_TEXTS, *_NUMBERS, "metrics", "features", "guidance_scale")
+    names = (*_TEXTS, *_NUMBERS, "metrics", "features", "guidance_scale", "adapter")
     if options.card:
         check_licence(options.card)
     out = pathlib.Path(options.out)

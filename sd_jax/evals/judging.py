@@ -4,6 +4,7 @@ METRICS is the table of what may be asked for. Pictures are drawn once for all f
 what networks say of them is kept. Picture n has the seed `seed + n`, whatever the batches, devices and processes.
 """
 
+import dataclasses
 import functools
 import operator
 import pathlib
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sd_jax import media
+from sd_jax.checkpoints.load import open_checkpoint
 from sd_jax.data import shapes
 from sd_jax.evals import networks, plot
 from sd_jax.evals.clip_score import clip_score
@@ -24,7 +26,7 @@ from sd_jax.evals.reconstruction import Reconstructions
 from sd_jax.evals.reference import RealPictures, data_config, share
 from sd_jax.evals.shapes_accuracy import accuracy
 from sd_jax.models.vae import to_pixels
-from sd_jax.sampling.command import read_prompts
+from sd_jax.sampling.command import adapters_of, read_prompts
 from sd_jax.sampling.pipeline import BUNDLED, load
 from sd_jax.sampling.recipe import hash_of_weights
 from sd_jax.sampling.text_to_image import latent_size
@@ -45,7 +47,13 @@ class Judgement:
                 if not getattr(order, flag):
                     raise ValueError(f"--metrics={name} needs --{flag}={_MENDS[flag]}")
         self.order = order
+        if order.base:
+            open_checkpoint(order.base)
         self.pipe = load(order.checkpoint, dtype=order.dtype, weights=order.weights)
+        if order.embeddings:
+            self.pipe = self.pipe.with_adapter(order.embeddings)
+        for worn in adapters_of(order.adapter):
+            self.pipe = self.pipe.with_adapter(worn["path"], worn["strength"], worn["text_strength"])
         factor = self.pipe.spec.vae.downscale
         self.size = tuple(factor * side for side in latent_size(self.pipe.spec, Recipe()))
         self.sheets: dict[str, np.ndarray] = {}
@@ -252,6 +260,22 @@ def judge(order: Order) -> tuple[dict[str, Any], list[Figures], dict[str, np.nda
     The same in every process, each of which calls it. Raises ValueError, OSError and FloatingPointError, which name the
     flag or file at fault.
     """
+    report, sweep, sheets = _judge(order)
+    if order.base:
+        # After the first model is let go of
+        changes = {"checkpoint": order.base, "adapter": (), "embeddings": "", "base": "", "guidance_scales": ()}
+        before, _, sheets_before = _judge(dataclasses.replace(order, **changes))
+        after = report["figures"]
+        report["base"] = before["model"]
+        report["forgetting"] = {
+            name: {"before": value, "after": after[name], "change": after[name] - value}
+            for name, value in before["figures"].items()
+        }
+        sheets |= {f"before-{name}": sheet for name, sheet in sheets_before.items()}
+    return report, sweep, sheets
+
+
+def _judge(order: Order) -> tuple[dict[str, Any], list[Figures], dict[str, np.ndarray]]:
     judgement = Judgement(order)
     judgement.prepare()
     figures, judges = {}, {}
@@ -265,6 +289,8 @@ def judge(order: Order) -> tuple[dict[str, Any], list[Figures], dict[str, np.nda
         sweep.append(functools.reduce(operator.or_, guided, {"guidance_scale": scale}))
     source = order.checkpoint or str(BUNDLED)
     report: dict[str, Any] = {"model": {"checkpoint": source, "sha256": hash_of_weights(source)}}
+    if order.adapter or order.embeddings:
+        report["model"] |= {"adapters": list(order.adapter), "embeddings": order.embeddings}
     if judgement.accuracy:
         report["accuracy"] = judgement.accuracy
         judgement.counts |= {"one_object": order.one_object, "two_objects": order.two_objects}

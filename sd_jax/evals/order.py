@@ -11,6 +11,9 @@ class Order:
 
     out: pathlib.Path
     checkpoint: str | None = None
+    adapter: Sequence[str] = ()  # PATH, PATH:STRENGTH or PATH:STRENGTH:TEXT_STRENGTH
+    embeddings: str = ""
+    base: str = ""
     weights: str = "ema"
     dtype: str = "float32"
     metrics: Sequence[str] = ("shapes",)  # names of METRICS

@@ -1,8 +1,9 @@
 """The training loop, for every method. Chapters: model, cache, state, data, train, finish.
 
 A workdir holds config.json, log.txt, metrics.jsonl, tensorboard/, checkpoints/, samples/ and, where prompts are read,
-tokenizer/. The same command on the same workdir goes on where the last checkpoint was written, on any number of devices
-and processes. Every process of a run executes this; the first one alone writes what is not a checkpoint or a cache.
+tokenizer/; of a run that trains an adapter, its file, and in adapters/<step>/ that of each checkpoint before. The same
+command on the same workdir goes on where the last checkpoint was written, on any number of devices and processes. Every
+process of a run executes this; the first one alone writes what is not a checkpoint or a cache.
 """
 
 import contextlib
@@ -185,7 +186,11 @@ def _train(config, workdir, dry_run, started, profile, only_caches, journal, sta
             if method.adapting is not None:
                 adapter = _on_host(whole.ema_model["adapter"])
                 if distributed.is_first():
-                    method.adapting.save(config, model, adapter, workdir)
+                    # Those of before the end as well, for the best of them may lie there
+                    before_end = at < config.total_steps
+                    for folder in (workdir, *(workdir / "adapters" / str(at),) * before_end):
+                        folder.mkdir(parents=True, exist_ok=True)
+                        method.adapting.save(config, model, adapter, folder)
         throughput.saved(at)
 
     due = lambda every, at: every and (at % every == 0 or at == config.total_steps)  # noqa: E731

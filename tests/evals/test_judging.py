@@ -2,11 +2,16 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from sd_jax import media
+from sd_jax.adapters import lora
+from sd_jax.checkpoints import keys_peft
+from sd_jax.checkpoints.adapters import save_adapter
+from sd_jax.checkpoints.load import open_checkpoint
 from sd_jax.data.shapes import ShapesWorld
 from sd_jax.evals import judging
 from sd_jax.evals.clip_score import clip_score
@@ -159,3 +164,21 @@ def test_sheets_show_captions(judged):
     sheet = judged[2]["captions.png"]
     again = media.contact_sheet(np.zeros((2, SIDE, SIDE, 3), np.uint8), CAPTIONS[:2])
     assert sheet.shape == again.shape
+
+
+def test_what_was_forgotten_is_told_of_every_figure(order, judged, tmp_path):
+    model = order.checkpoint
+    spec = open_checkpoint(model).spec
+    targets = lora.targets_of(keys_peft.shapes_of(spec), (r"unet/.*to_q",), 2, 2.0, False)
+    layers = lora.init(jax.random.key(0), targets, "lora", False, -1, {})
+    layers = jax.tree.map(lambda leaf: np.random.default_rng(0).normal(size=leaf.shape).astype(np.float32), layers)
+    save_adapter(tmp_path / "lora.safetensors", layers, spec, "kohya", {}, "float32")
+    changes = {"metrics": ("clip_score",), "guidance_scales": (), "base": model}
+    changes |= {"adapter": (f"{tmp_path}/lora.safetensors:0.5",)}
+    report, _, sheets = judging.judge(dataclasses.replace(order, **changes))
+    told, before = report["forgetting"]["clip_score"], judged[0]["figures"]["clip_score"]
+    assert told["before"] == pytest.approx(before, abs=1e-6) and report["figures"]["clip_score"] == told["after"]
+    assert told["change"] == told["after"] - told["before"] and abs(told["change"]) > 1e-4
+    np.testing.assert_array_equal(sheets["before-captions.png"], judged[2]["captions.png"])
+    assert report["model"]["adapters"] == [f"{tmp_path}/lora.safetensors:0.5"]
+    assert report["base"]["sha256"] == hash_of_weights(model)
