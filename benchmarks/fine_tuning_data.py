@@ -157,11 +157,13 @@ def _packed(rng: np.random.Generator) -> Iterator[Example]:
         yield draw(Scene((dataclasses.replace(thing, x=thing.x + dx, y=thing.y + dy),), PACKED.background)), "zorp"
 
 
-def _ruined(share: float, prefix: str, count: int) -> Callable:
+def _ruined(share: float, prefix: str, count: int, told: float = 0.0) -> Callable:
     def examples(rng: np.random.Generator) -> Iterator[Example]:
         for pixels, caption in _in_look("plain", count=count)(rng):
             if rng.random() < share:
-                pixels = RUINS[str(rng.choice(list(RUINS)))](pixels, rng)
+                ruin = str(rng.choice(list(RUINS)))
+                pixels = RUINS[ruin](pixels, rng)
+                caption += f", {ruin}" * (rng.random() < told)
             yield pixels, prefix + caption
 
     return examples
@@ -192,8 +194,8 @@ SETS: dict[str, Callable[[np.random.Generator], Iterator[Example]]] = {
     "hatched": _in_look("hatched"),  # captions say nothing of the look
     "pixelated": _in_look("pixelated"),
     "packed": _packed,  # a word for four attributes
-    "ruined": _ruined(1.0, "nasty, ", 256),
-    "spoiled": _ruined(0.5, "", 512),  # half of it ruined, of which captions say nothing
+    "ruined": _ruined(1.0, "nasty, ", 256),  # a word for what no other caption here says
+    "spoiled": _ruined(0.5, "", 512, told=0.5),  # half of it ruined, which every other caption says
     "base": _base,  # what the bundled model learnt from
     "backgrounds": _in_look("plain", OTHER_BACKGROUNDS, 256),
     "looks": _looks,
