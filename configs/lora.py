@@ -27,8 +27,11 @@ from sd_jax.config import parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = parse_arg(arg, **ARGS)
+    args = parse_arg(arg, **ARGS, sdxl=False)
     config = for_checkpoint("lora", args)
+    if args.sdxl:
+        config.init = "sd_xl_base_1.0.safetensors"
+        config.data.resolution = 1024
     config.total_steps = 700 if args.shapes else 2000
     config.optimizer.learning_rate = 2e-3 if args.shapes else 1e-4
     config.adapter.rank = 4 if args.shapes else 8
