@@ -13,6 +13,8 @@ ITEMS = (
     ("text_to_image_step", "--dtype=bfloat16", "--model=sd2", "--size=512", "--batch=32", "--cached=1"),
     ("unet", "--dtype=bfloat16"),
     ("train_step", "--dtype=bfloat16", "--model=sd15", "--batch=4", "--size=64"),
+    ("lora_step", "--dtype=bfloat16", "--model=sd15", "--batch=4", "--size=64", "--remat=blocks"),
+    ("lora_step", "--dtype=bfloat16", "--model=sdxl", "--batch=1", "--size=128", "--remat=blocks"),
     ("sampling", "--dtype=bfloat16", "--steps=20"),
     ("vae", "--dtype=bfloat16"),
     ("text_encoder", "--dtype=bfloat16"),

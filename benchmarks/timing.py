@@ -32,6 +32,7 @@ class Program:
     run: Callable[[], None]  # once, until its result is there
     flops: float = 0.0  # of one run, two for each multiply-add; 0 = not counted
     samples: int = 0  # of one run; printed per second where it is not 0
+    note: str = ""  # what else is to be said of this side
 
 
 # The command line
@@ -99,6 +100,8 @@ def _report(result: dict) -> None:
         if fact["samples"]:
             line += f"  {fact['samples'] / middle:.4g} samples/s"
         print(line + f"  memory {fact['memory_gb']:.2f} GB, ready in {fact['ready_seconds']:.0f} s")
+        if fact["note"]:
+            print(f"  {'':14}{fact['note']}")
     for side in others:
         for what in ("seconds", "processor"):
             pairs = sorted(a / b for a, b in zip(result[what][ours], result[what][side], strict=True))
@@ -174,7 +177,8 @@ def _work(module, options) -> None:
         program.flops = _count_torch_flops(program.run)
     else:
         program.run()
-    answer({"ready_seconds": time.perf_counter() - start, "flops": program.flops, "samples": program.samples})
+    told = {"flops": program.flops, "samples": program.samples, "note": program.note}
+    answer({"ready_seconds": time.perf_counter() - start, **told})
     for line in sys.stdin:
         if line.strip() == "run":
             start = time.perf_counter(), time.process_time()

@@ -12,7 +12,15 @@ transformers, at rank 8; LoCon, the text encoder and ranks of their own for some
 
 (and --config.data.cache_text=False where the text encoder learns too). `--config.adapter.algorithm=loha` or `lokr`,
 `--config.adapter.dora`, `--config.adapter.rslora`. The run leaves `adapter.safetensors` in kohya's layout, or with
-`--config.adapter.format=diffusers` in PEFT's. `--plan=cpu:1` tells the memory of the run before it is launched.
+`--config.adapter.format=diffusers` in PEFT's. SDXL, on pictures of 1024:
+
+    python train.py --config=configs/lora.py:sdxl --config.init=sd_xl_base_1.0.safetensors \
+        --config.data.path=my_pictures --workdir=runs/my_lora
+
+The memory of a run is told before it is launched, and with the name of a family before there is a checkpoint:
+
+    python train.py --config=configs/lora.py --config.init=sd15 --plan=cpu:1
+    python train.py --config=configs/lora.py:sdxl --config.init=sdxl --plan=cpu:1
 
     python train.py --config=configs/lora.py:shapes --config.data.path=FOLDER --workdir=runs/style
 
@@ -27,8 +35,11 @@ from sd_jax.config import parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = parse_arg(arg, **ARGS)
+    args = parse_arg(arg, **ARGS, sdxl=False)
     config = for_checkpoint("lora", args)
+    if args.sdxl:
+        config.init = "sd_xl_base_1.0.safetensors"
+        config.data.resolution = 1024
     config.total_steps = 700 if args.shapes else 2000
     config.optimizer.learning_rate = 2e-3 if args.shapes else 1e-4
     config.adapter.rank = 4 if args.shapes else 8

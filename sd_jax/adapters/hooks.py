@@ -86,7 +86,7 @@ class _Hooked:
 def low_rank(
     x: Float[Array, "... inputs"], entry: Entry, strength: Strength, layer: nn.Dense | nn.Conv
 ) -> Float[Array, "... outputs"]:
-    """t s B (A x), in the dtype of x."""
+    """t s B (A x), in the dtype of x. It is A x that t s scales: the outputs, and their gradient, have more numbers."""
     t = jnp.asarray(strength, jnp.float32) * jnp.asarray(entry.get("strength", 1.0), jnp.float32)
     down, up = (jnp.asarray(entry[name], x.dtype) for name in ("lora_down", "lora_up"))
     if isinstance(layer, nn.Conv):
@@ -95,4 +95,4 @@ def low_rank(
         h = jax.lax.conv_general_dilated(x, kernel, strides, layer.padding, dimension_numbers=dimensions)
     else:
         h = x @ down.T
-    return (deltas.scale_of(entry) * t).astype(x.dtype) * (h @ up.reshape(up.shape[0], -1).T)
+    return ((deltas.scale_of(entry) * t).astype(x.dtype) * h) @ up.reshape(up.shape[0], -1).T

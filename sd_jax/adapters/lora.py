@@ -116,12 +116,10 @@ def join(trained: Params, rest: Layers) -> Layers:
     """The inverse of `split`."""
     joined = {}
     for part, entries in rest.items():
-        flat = flatten_dict(trained[part], sep="/")
-        joined[part] = {
-            path: {name.rpartition("/")[2]: array for name, array in flat.items() if name.rpartition("/")[0] == path}
-            | dict(entry)
-            for path, entry in entries.items()
-        }
+        joined[part] = {path: dict(entry) for path, entry in entries.items()}
+        for name, array in flatten_dict(trained[part], sep="/").items():
+            path, _, which = name.rpartition("/")
+            joined[part][path][which] = array
     return joined
 
 

@@ -1,7 +1,8 @@
 """A run seen before it is launched: `python train.py --config=... --plan=v5e:16x16`.
 
 The step that training would take is compiled for chips that are not there (or for simulated devices of this machine's
-CPU), and what the compiler says is held against what the chip has. Neither data nor weights are opened.
+CPU), and what the compiler says is held against what the chip has. Neither data nor weights are opened; where there is
+no checkpoint, its family's name in models/families.py will do: `--config.init=sdxl`.
 
     v5e:4x4      a slice of 16 chips; v5p:2x2x2 and v6e:4x4 likewise
     v5e:16x16*2  two slices of 256, joined by the data centre's network
@@ -13,6 +14,7 @@ what it sends over these axes follows from their size (`collectives.py`). With b
 """
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -25,9 +27,10 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sd_jax import hardware, sharding
+from sd_jax import hardware, sharding, trees
 from sd_jax.checkpoints.load import open_checkpoint
 from sd_jax.data import buckets
+from sd_jax.models.families import FAMILIES
 from sd_jax.models.networks import Networks
 from sd_jax.models.presets import ModelSpec
 from sd_jax.training import advice, setup
@@ -140,6 +143,7 @@ def _plan(config: ConfigDict, wanted: Topology, price: float | None) -> int:
     )
     how = "compiled" if small_mesh is mesh else f"compiled for {compiled_for} with as many images a device, and scaled"
     print(f"{how}, in {program.seconds:.0f} s" + ("" if chip is None else ", at the least effort of the compiler"))
+    print(f"trained: {program.trained:,} parameters, beside {program.frozen:,} that the step reads")
 
     print("\nmemory of a device")
     for kind in KINDS:
@@ -199,6 +203,8 @@ def _spec(config: ConfigDict) -> ModelSpec:
         return ModelSpec.from_dict(config.model.to_dict())
     if not config.init:
         raise ValueError("config.model and config.init are both empty: name a checkpoint or describe a model")
+    if config.init in FAMILIES and not os.path.exists(config.init):
+        return FAMILIES[config.init]
     return open_checkpoint(config.init, prediction_type=config.prediction_type or None).spec
 
 
@@ -241,6 +247,8 @@ class Program:
     """What the compiler says, of one device where nothing else is said."""
 
     seconds: float  # to compile it
+    trained: int  # parameters, over all devices
+    frozen: int
     memory: dict[str, float]  # bytes by KINDS
     gathered: float  # bytes of the temporaries that do not depend on the batch: whole parameters and gradients
     flops_per_image: float
@@ -252,7 +260,8 @@ def _compile(config: ConfigDict, networks: Networks, mesh: Mesh, size: tuple[int
     method = method_of(config)
     method.check(config, networks.spec)
     shapes = setup.batch_shapes(config, method, networks, size)
-    abstract = jax.eval_shape(lambda: setup.initial_state(config, method, networks, {}))
+    loaded = setup.frozen_shapes(config, method, networks)
+    abstract = jax.eval_shape(functools.partial(setup.initial_state, config, method, networks), loaded)
     context = Context(networks, config, _empty(shapes))
     flops_per_image = setup.flops_per_image(method, context, abstract, shapes)
     step = setup.make_step(method, context, mesh, abstract)
@@ -283,7 +292,8 @@ def _compile(config: ConfigDict, networks: Networks, mesh: Mesh, size: tuple[int
         flops, hlo = compiled.cost_analysis().get("flops"), compiled.as_text()
     split = mesh.shape["fsdp"] > 1
     gathered = used * np.dtype(config.dtype).itemsize / 4 + memory["trained parameters"] if split else used
-    return Program(time.monotonic() - start, memory, gathered, flops_per_image, flops, hlo)
+    counts = trees.count(state.params), trees.count(state.frozen)
+    return Program(time.monotonic() - start, *counts, memory, gathered, flops_per_image, flops, hlo)
 
 
 def _empty(shapes: setup.Shapes) -> EmptyPrompt | None:

@@ -52,10 +52,33 @@ def cached_parts(config: ConfigDict, spec: ModelSpec) -> tuple[str, ...]:
     return ("vae",) * config.data.cache_latents + tuple(spec.text_encoders) * config.data.cache_text
 
 
+def _read_parts(config: ConfigDict, method: Method, spec: ModelSpec) -> list[str]:
+    return [part for part in method.frozen(config, spec) if part not in cached_parts(config, spec)]
+
+
+def frozen_dtype(config: ConfigDict, method: Method, path: tuple) -> np.dtype:
+    """Of a parameter, found at `path` in its part's tree, that the step reads and does not move.
+
+    Beside an adapter, kernels and embeddings have the dtype of the computation: their layers would cast them to it.
+    """
+    narrow = method.adapting is not None and path[-1].key in ("kernel", "embedding")
+    return jnp.dtype(config.dtype if narrow else "float32")
+
+
+def frozen_shapes(config: ConfigDict, method: Method, networks: Networks) -> dict[str, Shapes]:
+    """What a checkpoint gives `initial_state` of the parts that the method does not move, by part."""
+
+    def shape(path, leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, frozen_dtype(config, method, path))
+
+    parts = _read_parts(config, method, networks.spec)
+    fresh = {part: jax.eval_shape(functools.partial(networks.init, part), jax.random.key(0)) for part in parts}
+    return {part: jax.tree_util.tree_map_with_path(shape, tree) for part, tree in fresh.items()}
+
+
 def initial_state(config: ConfigDict, method: Method, networks: Networks, loaded: dict[str, Params]) -> TrainState:
     """A state at step 0: of what the step reads, the parts that are loaded, and the others fresh."""
     spec = networks.spec
-    read = [part for part in method.frozen(config, spec) if part not in cached_parts(config, spec)]
 
     def make(part: str) -> Params:
         key = jax.random.fold_in(jax.random.key(config.seed), (*PARTS, *BESIDE, "adapter").index(part))
@@ -63,7 +86,7 @@ def initial_state(config: ConfigDict, method: Method, networks: Networks, loaded
             return method.adapting.init(config, networks, key, frozen)
         return loaded[part] if part in loaded else networks.init(part, key)
 
-    frozen = {part: make(part) for part in read}
+    frozen = {part: make(part) for part in _read_parts(config, method, spec)}
     trained = {part: make(part) for part in method.trainable(config, spec)}
     return create(trained, frozen, make_optimizer(config), config.ema_decays)
 

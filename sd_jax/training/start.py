@@ -11,7 +11,7 @@ from sd_jax import distributed
 from sd_jax.checkpoints import CheckpointError
 from sd_jax.checkpoints.beside import open_beside
 from sd_jax.checkpoints.load import open_checkpoint
-from sd_jax.checkpoints.tensors import dtype_of, lazy
+from sd_jax.checkpoints.tensors import lazy
 from sd_jax.models.networks import Networks
 from sd_jax.models.presets import ModelSpec
 from sd_jax.prompts.chunks import CaptionTokenizer
@@ -123,16 +123,14 @@ def build_model(
         num_tokens = setup.num_tokens(config, spec, parts)
     if method.adapting is not None and tokenizer is not None:
         spec, params, tokenizer = method.adapting.prepare(config, spec, params, tokenizer)
-        params = {part: jax.tree_util.tree_map_with_path(_narrow(config), tree) for part, tree in params.items()}
+
+        def held(path, leaf):
+            return lazy(leaf).cast(setup.frozen_dtype(config, method, path))
+
+        params = {part: jax.tree_util.tree_map_with_path(held, tree) for part, tree in params.items()}
     networks = Networks.of(spec, config.dtype, config.remat)
     adapter_of = None if method.adapting is None else str(config.init)
     return Model(networks, trained, frozen, params, tokenizer, num_tokens, adapter_of)
-
-
-def _narrow(config: ConfigDict):
-    """Kernels and embeddings of what does not move, in the dtype of the computation: layers cast them to the same."""
-    dtype = dtype_of(config.dtype)
-    return lambda path, leaf: lazy(leaf).cast(dtype) if path[-1].key in ("kernel", "embedding") else leaf
 
 
 def _paths_beside(config: ConfigDict) -> dict[str, str]:

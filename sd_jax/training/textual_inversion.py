@@ -51,7 +51,8 @@ def _count(config: ConfigDict) -> int:
 
 def _init(config: ConfigDict, networks: Networks, key: Any, loaded: Params) -> Params:
     """{text encoder: the new words' vectors [words, width]}, which are the last of its table."""
-    return {part: _table(loaded[part])[-_count(config) :] for part in networks.spec.text_encoders}
+    rows = {part: _table(loaded[part])[-_count(config) :] for part in networks.spec.text_encoders}
+    return jax.tree.map(lambda x: x.astype(jnp.float32), rows)  # small updates do not fit into half precision
 
 
 def _wear(context: Context, params: Params) -> tuple[Context, Params]:

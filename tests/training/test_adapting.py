@@ -1,6 +1,9 @@
 """Methods that train an adapter: the model stays as it is, runs resume, and their files do what the runs learnt."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,7 +14,9 @@ from sd_jax.data.shapes import ShapesWorld
 from sd_jax.models.presets import TINY_SHAPES
 from sd_jax.prompts.tokenize import train_tokenizer
 from sd_jax.sampling.pipeline import Pipeline, load
+from sd_jax.training import setup, start
 from sd_jax.training.loop import train
+from sd_jax.training.methods import method_of
 from sd_jax.training.metrics import read_rows
 from tests.sampling.conftest import random_params
 
@@ -76,6 +81,22 @@ def test_a_run_leaves_a_file_that_does_what_it_learnt(runs, base, method):
     assert np.abs(on.text_to_image(**recipe) - pipe.text_to_image(**recipe)).max() > 1e-4
     if method == "textual_inversion":  # nothing else has changed
         np.testing.assert_array_equal(on.text_to_image(**RECIPE), pipe.text_to_image(**RECIPE))
+
+
+@pytest.mark.parametrize("name", ["lora", "textual_inversion", "hypernetwork", "lcm_lora"])
+def test_in_bfloat16_frozen_kernels_take_half_as_a_plan_says_and_what_learns_stays_whole(base, tmp_path, name):
+    config = config_of(name, base)
+    config.dtype = "bfloat16"
+    method = method_of(config)
+    model = start.build_model(config, method, tmp_path, captions=None)
+    shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
+    make_state = functools.partial(setup.initial_state, config, method, model.networks)
+    state = jax.eval_shape(make_state, jax.tree.map(shape, model.loaded))
+    assert jax.tree.map(shape, state.frozen) == setup.frozen_shapes(config, method, model.networks)
+    assert state.frozen["unet"]["conv_in"]["kernel"].dtype == jnp.bfloat16
+    assert state.frozen["unet"]["conv_in"]["bias"].dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    assert ("vae" in state.frozen) == (not config.data.cache_latents)
 
 
 def test_checkpoints_hold_the_adapter_alone(runs):

@@ -3,7 +3,9 @@ import re
 
 import pytest
 
+from sd_jax.checkpoints import CheckpointError
 from sd_jax.config import training_defaults
+from sd_jax.models.families import SDXL
 from sd_jax.training import plan
 from sd_jax.training.plan import Topology
 from tests.training import doors
@@ -38,6 +40,19 @@ def test_missing_compiler_is_one_line_that_names_the_install(monkeypatch):
     with pytest.raises(ValueError, match=r'pip install "jax\[tpu\]"') as refused:
         plan.plan(training_defaults("full"), "v5e:4x4")
     assert "\n" not in str(refused.value)
+
+
+# --- The model -------------------------------------------------------------------------------------------------------
+
+
+def test_the_name_of_a_family_stands_for_a_checkpoint_that_is_not_there(tmp_path, monkeypatch):
+    config = training_defaults("lora")
+    config.init = "sdxl"
+    monkeypatch.chdir(tmp_path)
+    assert plan._spec(config) == SDXL
+    (tmp_path / "sdxl").mkdir()
+    with pytest.raises(CheckpointError, match="sdxl"):
+        plan._spec(config)
 
 
 # --- What the compiler says when it gives up -------------------------------------------------------------------------
@@ -92,6 +107,9 @@ def test_plan_for_this_cpu_prints_what_the_step_takes():
     assert _number(said, "averages") == parameters > 0
     assert _number(said, "optimiser") == pytest.approx(2 * parameters, rel=0.01)
     assert "frozen parts" not in said  # the autoencoder has done its work before the first step
+    trained, frozen = re.search(r"^trained: ([\d,]+) parameters, beside ([\d,]+) that", said, re.MULTILINE).groups()
+    count = int(trained.replace(",", ""))
+    assert 4e-6 * count / 2 <= parameters < 4e-6 * count and frozen == "0"  # small arrays are whole on each device
     assert _number(said, "a step") == pytest.approx(16 * _number(said, "an image"), rel=1e-3)
     # A gradient of the parameters' size at least goes to the other copies
     assert _number(said, "all-reduce") > 0 and _number(said, "all-gather") > 0
