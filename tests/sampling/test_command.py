@@ -1,6 +1,7 @@
 """What sample.py does, but for its flags: a tiny pipeline on disk, orders, and the files that come of them."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 import shutil
@@ -12,9 +13,11 @@ import pytest
 from sd_jax import media
 from sd_jax.adapters.textual_inversion import Embedding
 from sd_jax.checkpoints import embeddings, keys_peft
-from sd_jax.checkpoints.adapters import save_adapter
+from sd_jax.checkpoints.adapters import open_adapter, save_adapter
 from sd_jax.checkpoints.clip import save_clip
+from sd_jax.checkpoints.read_safetensors import open_file, write
 from sd_jax.sampling import command
+from sd_jax.sampling.adapters import hashes
 from sd_jax.sampling.command import Order, carry_out, read_prompts
 from sd_jax.sampling.pipeline import Pipeline, load
 from sd_jax.sampling.recipe import read_recipe, read_record
@@ -443,6 +446,63 @@ def test_adapters_are_put_on_and_recorded(make, pipe, adapters):
     np.testing.assert_array_equal(tagged, on)
     again = make(recipe=str(make.folder / "00000.png"))["00000.png"]
     np.testing.assert_array_equal(again, on)
+
+
+def parameters(folder):
+    return media.read_text(folder / "00000.png")["parameters"]
+
+
+def test_a1111_is_told_of_adapters_and_words(make, adapters):
+    ink, zorp = str(adapters / "styles" / "ink.safetensors"), adapters / "zorp.safetensors"
+    content = (adapters / "styles" / "ink.safetensors").read_bytes()
+    known = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()[:12]
+    word = hashlib.sha256(zorp.read_bytes()).hexdigest()[:12]
+
+    make({**FEW, "prompt": "a zorp"}, adapters=(f"{ink}:0.5", f"{ink}:1:0.25"), embeddings=str(adapters))
+    text = parameters(make.folder)
+    assert text.startswith("a zorp <lora:ink:0.5> <lora:ink:0.25:1>\n")  # the text encoder's weight comes first
+    assert f'Lora hashes: "ink: {known}", TI hashes: "zorp: {word}", Version: ' in text
+    assert read_recipe(make.folder / "00000.png").prompt == "a zorp"
+    make({**FEW, "prompt": "a zorpish x <lora:styles/ink>"}, adapter_folder=str(adapters), embeddings=str(zorp))
+    text = parameters(make.folder)
+    assert text.startswith("a zorpish x <lora:styles/ink>\n") and f'Lora hashes: "styles/ink: {known}", V' in text
+    make({**FEW, "prompt": "a circle", "negative_prompt": "ZORP"}, adapters=(str(zorp),))
+    text = parameters(make.folder)
+    assert text.startswith("a circle\n") and f'TI hashes: "zorp: {word}", V' in text
+
+
+def test_a_file_without_a_hash_in_its_header(adapters, tmp_path):
+    contents = open_file(adapters / "styles" / "ink.safetensors")
+    write(tmp_path / "bare.safetensors", {name: tensor.read() for name, tensor in contents.tensors.items()})
+    (bare,) = hashes(tmp_path / "bare.safetensors").items()
+    assert bare == ("lora:bare", contents.metadata["sshs_model_hash"][:12])
+    shutil.copy(adapters / "styles" / "ink.safetensors", tmp_path / "adapter.safetensors")
+    assert list(hashes(tmp_path)) == list(hashes(tmp_path / "adapter.safetensors")) == [f"lora:{tmp_path.name}"]
+
+
+def test_another_file_than_that_of_the_recipe_is_told(make, pipe, adapters, tmp_path, caplog):
+    folder = tmp_path / "adapters"
+    shutil.copytree(adapters, folder)
+    ink = folder / "styles" / "ink.safetensors"
+    made = hashes(ink)["lora:ink"]
+    make({**FEW, "prompt": "x"}, adapters=(str(ink),))
+    ours = str(make.folder / "00000.png")
+    text = f'x zorp <lora:ink:1>\n{parameters(make.folder).split(chr(10))[1]}, TI hashes: "zorp: 0123456789ab"'
+    media.write_png(tmp_path / "theirs.png", np.zeros((32, 32, 3), np.uint8), {"parameters": text})
+
+    orders = {"recipe": ours}, {"recipe": str(tmp_path / "theirs.png"), "adapter_folder": str(folder)}
+    loading = {"checkpoint": make.checkpoint}
+    with caplog.at_level(logging.WARNING):
+        for order in orders:
+            make(**order, loading=loading)
+        assert "lora:ink" not in caplog.text and "embed:zorp 0123456789ab (here none)" in caplog.text
+    layers = open_adapter(ink, pipe.spec).layers
+    save_adapter(ink, jax.tree.map(lambda array: array * 2, layers), pipe.spec, overwrite=True)
+    for order in orders:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            make(**order, loading=loading)
+        assert f"lora:ink {made} (here {hashes(ink)['lora:ink']})" in caplog.text
 
 
 def test_words_are_known_to_prompts(make, pipe, adapters):
