@@ -232,7 +232,8 @@ def test_a_map_of_depth_is_recorded_and_seen_again(make, pipe, inputs, tmp_path)
 
 def test_a_picture_of_another_program(make, checkpoint, inputs, tmp_path, pipe, caplog):
     text = (
-        "a star\nSteps: 2, Sampler: Euler Karras, CFG scale: 3, Seed: 5, Size: 32x32, Model hash: 0123456789, Model: m"
+        "a star\nSteps: 2, Sampler: Euler Karras, CFG scale: 3, Seed: 5, Size: 32x32, Model hash: 0123456789, "
+        'Model: m, TI hashes: "zorp: ba9876543210"'
     )
     media.write_png(tmp_path / "theirs.png", np.zeros((32, 32, 3), np.uint8), {"parameters": text})
     with pytest.raises(ValueError, match=r"by another program with m \(hash 0123456789\): give it as --checkpoint"):
@@ -240,6 +241,7 @@ def test_a_picture_of_another_program(make, checkpoint, inputs, tmp_path, pipe, 
     with caplog.at_level(logging.WARNING):
         made = make(recipe=str(tmp_path / "theirs.png"), loading={"checkpoint": checkpoint})
     assert "made with checkpoint 0123456789 (here " in caplog.text
+    assert "embed:zorp ba9876543210 (here none): it may come out otherwise" in caplog.text
     recipe = Recipe("a star", schedule="karras", seed=5, width=32, height=32, noise_source="nv", **FEW)
     assert read_recipe(tmp_path / "theirs.png") == recipe
     np.testing.assert_array_equal(made["00000.png"], pipe.make(recipe)[0])
@@ -434,75 +436,36 @@ def adapters(pipe, tmp_path_factory):
     return folder
 
 
-def test_adapters_are_put_on_and_recorded(make, pipe, adapters):
-    ink = str(adapters / "styles" / "ink.safetensors")
+def test_adapters_are_put_on_and_recorded(make, pipe, adapters, tmp_path, caplog):
+    ink = str(shutil.copytree(adapters, tmp_path / "adapters") / "styles" / "ink.safetensors")
     fields = {**FEW, "prompt": "a red circle"}
     plain, on = make(fields)["00000.png"], make(fields, adapters=(f"{ink}:0.5",))["00000.png"]
     assert np.abs(on.astype(int) - plain).max() > 0
     np.testing.assert_array_equal(on, pipe.with_adapter(ink, 0.5).text_to_image(**fields)[0])
+    (digits,) = hashes(ink).values()
+    assert parameters(make).startswith("a red circle <lora:ink:0.5>\n")
+    assert f'Lora hashes: "ink: {digits}", Version: ' in parameters(make)
     again = make(recipe=str(make.folder / "00000.png"))["00000.png"]
     np.testing.assert_array_equal(again, on)
-    tagged = make({**FEW, "prompt": "a red circle <lora:ink:0.5>"}, adapter_folder=str(adapters))["00000.png"]
+    folder = str(tmp_path / "adapters")
+    tagged = make({**FEW, "prompt": "a red circle <lora:ink:0.5>"}, adapter_folder=folder)["00000.png"]
     np.testing.assert_array_equal(tagged, on)
-    again = make(recipe=str(make.folder / "00000.png"))["00000.png"]
+    assert parameters(make).startswith("a red circle <lora:ink:0.5>\n")
+    assert f'Lora hashes: "ink: {digits}", Version: ' in parameters(make)
+    recipe = str(make.folder / "00000.png")
+    again = make(recipe=recipe)["00000.png"]
     np.testing.assert_array_equal(again, on)
 
-
-def parameters(folder):
-    return media.read_text(folder / "00000.png")["parameters"]
-
-
-def test_a1111_is_told_of_adapters_and_words(make, adapters):
-    ink, zorp = str(adapters / "styles" / "ink.safetensors"), adapters / "zorp.safetensors"
-    content = (adapters / "styles" / "ink.safetensors").read_bytes()
-    known = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()[:12]
-    word = hashlib.sha256(zorp.read_bytes()).hexdigest()[:12]
-
-    make({**FEW, "prompt": "a zorp"}, adapters=(f"{ink}:0.5", f"{ink}:1:0.25"), embeddings=str(adapters))
-    text = parameters(make.folder)
-    assert text.startswith("a zorp <lora:ink:0.5> <lora:ink:0.25:1>\n")  # the text encoder's weight comes first
-    assert f'Lora hashes: "ink: {known}", TI hashes: "zorp: {word}", Version: ' in text
-    assert read_recipe(make.folder / "00000.png").prompt == "a zorp"
-    make({**FEW, "prompt": "a zorpish x <lora:styles/ink>"}, adapter_folder=str(adapters), embeddings=str(zorp))
-    text = parameters(make.folder)
-    assert text.startswith("a zorpish x <lora:styles/ink>\n") and f'Lora hashes: "styles/ink: {known}", V' in text
-    make({**FEW, "prompt": "a circle", "negative_prompt": "ZORP"}, adapters=(str(zorp),))
-    text = parameters(make.folder)
-    assert text.startswith("a circle\n") and f'TI hashes: "zorp: {word}", V' in text
-
-
-def test_a_file_without_a_hash_in_its_header(adapters, tmp_path):
-    contents = open_file(adapters / "styles" / "ink.safetensors")
-    write(tmp_path / "bare.safetensors", {name: tensor.read() for name, tensor in contents.tensors.items()})
-    (bare,) = hashes(tmp_path / "bare.safetensors").items()
-    assert bare == ("lora:bare", contents.metadata["sshs_model_hash"][:12])
-    shutil.copy(adapters / "styles" / "ink.safetensors", tmp_path / "adapter.safetensors")
-    assert list(hashes(tmp_path)) == list(hashes(tmp_path / "adapter.safetensors")) == [f"lora:{tmp_path.name}"]
-
-
-def test_another_file_than_that_of_the_recipe_is_told(make, pipe, adapters, tmp_path, caplog):
-    folder = tmp_path / "adapters"
-    shutil.copytree(adapters, folder)
-    ink = folder / "styles" / "ink.safetensors"
-    made = hashes(ink)["lora:ink"]
-    make({**FEW, "prompt": "x"}, adapters=(str(ink),))
-    ours = str(make.folder / "00000.png")
-    text = f'x zorp <lora:ink:1>\n{parameters(make.folder).split(chr(10))[1]}, TI hashes: "zorp: 0123456789ab"'
-    media.write_png(tmp_path / "theirs.png", np.zeros((32, 32, 3), np.uint8), {"parameters": text})
-
-    orders = {"recipe": ours}, {"recipe": str(tmp_path / "theirs.png"), "adapter_folder": str(folder)}
-    loading = {"checkpoint": make.checkpoint}
+    layers = jax.tree.map(lambda array: array * 2, open_adapter(ink, pipe.spec).layers)
+    save_adapter(ink, layers, pipe.spec, overwrite=True)
     with caplog.at_level(logging.WARNING):
-        for order in orders:
-            make(**order, loading=loading)
-        assert "lora:ink" not in caplog.text and "embed:zorp 0123456789ab (here none)" in caplog.text
-    layers = open_adapter(ink, pipe.spec).layers
-    save_adapter(ink, jax.tree.map(lambda array: array * 2, layers), pipe.spec, overwrite=True)
-    for order in orders:
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            make(**order, loading=loading)
-        assert f"lora:ink {made} (here {hashes(ink)['lora:ink']})" in caplog.text
+        make(recipe=recipe)
+    assert f"was made with lora:ink {digits} (here {hashes(ink)['lora:ink']}): it may come out otherwise" in caplog.text
+
+
+def parameters(make):
+    """A1111's text of what was made last."""
+    return media.read_text(make.folder / "00000.png")["parameters"]
 
 
 def test_words_are_known_to_prompts(make, pipe, adapters):
@@ -510,6 +473,25 @@ def test_words_are_known_to_prompts(make, pipe, adapters):
     said = make(fields, embeddings=str(adapters))["00000.png"]
     wanted = pipe.with_adapter(adapters / "zorp.safetensors").text_to_image(**fields)[0]
     np.testing.assert_array_equal(said, wanted)
+    digits = hashlib.sha256((adapters / "zorp.safetensors").read_bytes()).hexdigest()[:12]
+    assert parameters(make).startswith("a zorp\n") and f'TI hashes: "zorp: {digits}", Version: ' in parameters(make)
+
+
+def test_adapters_are_known_as_a1111_knows_them(pipe, adapters, tmp_path):
+    ink, bare = adapters / "styles" / "ink.safetensors", tmp_path / "bare.safetensors"
+    contents, found = open_file(ink), ink.read_bytes()
+    digits = hashlib.sha256(found[8 + int.from_bytes(found[:8], "little") :]).hexdigest()[:12]
+    assert hashes(ink) == {"lora:ink": digits} and contents.metadata["sshs_model_hash"].startswith(digits)
+    assert hashes(ink, "styles/ink") == {"lora:styles/ink": digits}
+    write(bare, {name: tensor.read() for name, tensor in contents.tensors.items()})  # with nothing in its header
+    assert hashes(bare) == {"lora:bare": digits}
+    write(bare, dict(contents.tensors), {"sshs_model_hash": "f" * 64})
+    assert hashes(bare) == {"lora:bare": "f" * 12}
+
+    shutil.copy(ink, tmp_path / "adapter.safetensors")  # as a run leaves it
+    assert hashes(tmp_path) == hashes(tmp_path / "adapter.safetensors") == {f"lora:{tmp_path.name}": digits}
+    worn = command.adapters_of([f"{ink}:0.5", f"{ink}:1:0.25", str(adapters / "zorp.safetensors")])
+    assert [each["tag"] for each in worn] == ["<lora:ink:0.5>", "<lora:ink:0.25:1>", ""]  # the text encoder's first
 
 
 @pytest.mark.parametrize(
