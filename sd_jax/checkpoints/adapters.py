@@ -54,7 +54,7 @@ from sd_jax.models.presets import ModelSpec
 from sd_jax.types import Params
 
 FORMATS = ("kohya", "diffusers")
-_IN_FOLDERS = (  # ours, diffusers', PEFT's
+IN_FOLDERS = (  # ours, diffusers', PEFT's
     "adapter.safetensors",
     "pytorch_lora_weights.safetensors",
     "adapter_model.safetensors",
@@ -82,7 +82,7 @@ def open_adapter(path: str | os.PathLike, spec: ModelSpec) -> OpenedAdapter:
     looks like; a layer whose arrays are incomplete or of other shapes; numbers that are not finite; an algorithm that
     is not read (IA3, GLoRA, OFT, BOFT).
     """
-    path = _file_in(Path(path))
+    path = file_in(path)
     contents, where = open_any(path), str(path)
     format = detect_format(contents.tensors, where)
     found, modules, problems = {}, {}, []
@@ -151,12 +151,14 @@ _NOT_READ = {  # what is in the names of their tensors
 }
 
 
-def _file_in(path: Path) -> Path:
+def file_in(path: str | os.PathLike) -> Path:
+    """The file of a folder that holds an adapter, such as a run's; a file is its own. Raises CheckpointError."""
+    path = Path(path)
     if not path.is_dir():
         return path
-    found = next((path / name for name in _IN_FOLDERS if (path / name).is_file()), None)
+    found = next((path / name for name in IN_FOLDERS if (path / name).is_file()), None)
     if found is None:
-        raise CheckpointError(f"{path}: no adapter in it ({', '.join(_IN_FOLDERS[:3])}): give the file itself")
+        raise CheckpointError(f"{path}: no adapter in it ({', '.join(IN_FOLDERS[:3])}): give the file itself")
     return found
 
 
@@ -349,6 +351,20 @@ def _ss_base(spec: ModelSpec) -> dict[str, str]:
         return {}
     predicts_v = kind != "sdxl" and spec.noise_schedule.prediction_type == "v_prediction"
     return {"ss_base_model_version": versions[kind] + "_v" * predicts_v}
+
+
+def hash_of_adapter(path: str | os.PathLike) -> str:
+    """What A1111 knows a file of the LoRA family by: 12 digits of a SHA-256.
+
+    That of its header, sshs_model_hash, if it has one; else that of all behind the header, or of the whole of a file
+    that is no safetensors. Sources: A1111 1.10, extensions-builtin/Lora/network.py and modules/hashes.py
+    (addnet_hash_safetensors), which is that of kohya-ss/sd-scripts, library/train_util.py.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".safetensors":
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    return (open_any(path).metadata.get("sshs_model_hash") or _digest(path))[:12]
 
 
 def _digest(file: Path) -> str:

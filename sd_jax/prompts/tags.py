@@ -43,6 +43,12 @@ def extract(prompt: str) -> tuple[str, list[Tag]]:
     return "".join(kept) + prompt[end:], tags
 
 
+def written(kind: str, name: str, text_weight: float, unet_weight: float) -> str:
+    """The tag that says this. A hypernetwork's has the U-Net's weight alone."""
+    weights = [unet_weight] if kind == "hypernet" or text_weight == unet_weight else [text_weight, unet_weight]
+    return f"<{kind}:{name}:{':'.join(f'{weight:.9g}' for weight in weights)}>"
+
+
 def _read(match: re.Match) -> Tag:
     name, *arguments = match[2].split(":")
     kind = _SAME.get(match[1], match[1])

@@ -20,11 +20,12 @@ from sd_jax.adapters.hooks import Adapter, hooked, merge, parts_of
 from sd_jax.adapters.hypernetwork import Hypernetwork
 from sd_jax.adapters.textual_inversion import Embedding, with_embeddings
 from sd_jax.checkpoints import embeddings, files, hypernetworks
-from sd_jax.checkpoints.adapters import open_adapter
+from sd_jax.checkpoints.adapters import IN_FOLDERS, file_in, hash_of_adapter, open_adapter
 from sd_jax.checkpoints.errors import CheckpointError
 from sd_jax.models.networks import Networks
 from sd_jax.names import hint
 from sd_jax.prompts import tags
+from sd_jax.sampling.recipe import hash_of_file
 from sd_jax.types import AnyArray
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def open_any(path: str | pathlib.Path, pipe: "Pipeline") -> Layers | Hypernetwor
     if (path / HYPERNETWORK).is_file():
         return hypernetworks.load(path / HYPERNETWORK)
     if path.is_dir():
-        found = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and _is_embedding(file)]
+        found = _words_in(path)
         return [embeddings.load(file) for file in found] if found else open_adapter(path, pipe.spec).layers
     tensors = files.open_any(path).tensors
     if hypernetworks.is_hypernetwork(tensors):
@@ -145,6 +146,31 @@ def open_any(path: str | pathlib.Path, pipe: "Pipeline") -> Layers | Hypernetwor
     for note in opened.notes:
         logger.info("%s: %s", path, note)
     return opened.layers
+
+
+def hashes(path: str | pathlib.Path, name: str = "") -> dict[str, str]:
+    """{"lora:ink": "0123456789ab"}, {"hypernet:ink": ...}, or {"embed:zorp": ...} of every word: what a tag calls that
+    which `open_any` opens, and the 12 digits that A1111 knows it by.
+
+    name: what it is called; "" = as the file is, or the run that left it. Digits are those of `hash_of_adapter`, but of
+    hypernetworks and words the first of the file's SHA-256 (A1111 1.10, modules/textual_inversion). Raises
+    FileNotFoundError or CheckpointError.
+    """
+    path = pathlib.Path(path).absolute()
+    if words := _words_in(path):
+        return {f"embed:{embeddings.load(file).token}": hash_of_file(file)[:12] for file in words}
+    file = path / HYPERNETWORK if (path / HYPERNETWORK).is_file() else file_in(path)
+    named = file.parent.name if file.name in (HYPERNETWORK, *IN_FOLDERS) else file.stem
+    name = name or re.sub("[:<>]", "", named)
+    if hypernetworks.is_hypernetwork(files.open_any(file).tensors):
+        return {f"hypernet:{name}": hash_of_file(file)[:12]}
+    return {f"lora:{name}": hash_of_adapter(file)}
+
+
+def _words_in(path: pathlib.Path) -> list[pathlib.Path]:
+    """The embeddings in a folder; a file that is one is its own."""
+    found = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES] if path.is_dir() else [path]
+    return [file for file in found if _is_embedding(file)]
 
 
 def _is_embedding(file: pathlib.Path) -> bool:
@@ -169,6 +195,15 @@ def put_on_tagged(pipe: "Pipeline", prompt: str | Sequence[str]) -> tuple["Pipel
     for tag in asked[0]:
         pipe = pipe.with_adapter(_file_of(tag, pipe.tag_folder), tag.unet_weight, tag.text_weight)
     return pipe, texts[0] if isinstance(prompt, str) else list(texts)
+
+
+def hashes_of_tags(prompt: str, folder: str | pathlib.Path) -> dict[str, str]:
+    """`hashes` of what the tags of a prompt name in a folder. Raises as `put_on_tagged` does."""
+    found: dict[str, str] = {}
+    for tag in tags.extract(prompt)[1]:
+        if tag.kind in tags.WEIGHED:
+            found |= hashes(_file_of(tag, pathlib.Path(folder)), tag.name)
+    return found
 
 
 def _file_of(tag: tags.Tag, folder: pathlib.Path) -> pathlib.Path:

@@ -15,14 +15,16 @@ from tqdm import tqdm
 
 from sd_jax import media
 from sd_jax.diffusion import samplers
+from sd_jax.prompts import tags
 from sd_jax.prompts.encode import encode_prompts
-from sd_jax.sampling import grid, hires_fix, image_to_image, inpaint, upscale
+from sd_jax.sampling import adapters, grid, hires_fix, image_to_image, inpaint, upscale
 from sd_jax.sampling.clip import Clip, load_clip
 from sd_jax.sampling.pipeline import BUNDLED, Pipeline, job_of, load
 from sd_jax.sampling.preview import LatentPreview
 from sd_jax.sampling.recipe import (
     Origin,
     Record,
+    asked_for,
     hash_of_file,
     hash_of_weights,
     own_recipe,
@@ -103,7 +105,9 @@ def carry_out(order: Order) -> Iterator[pathlib.Path]:
     if loading["refiner"] is not None:
         weights = loading["weights"].partition(":")[0]  # of which average is for the model alone
         refiner = load(loading["refiner"], weights=weights, **{name: loading[name] for name in ("dtype", "tokenizer")})
-    worn = adapters_of(order.adapters) if order.adapters else ([] if told.origin is None else told.origin.adapters)
+    recorded = [] if told.origin is None else told.origin.adapters
+    again = ((each["path"], each["strength"], each["text_strength"]) for each in recorded)
+    worn = adapters_of(order.adapters) if order.adapters else [_worn(*each) for each in again]
     folders = {
         name: getattr(order, name) or getattr(told.origin, name, None) for name in ("embeddings", "adapter_folder")
     }
@@ -127,7 +131,8 @@ def carry_out(order: Order) -> Iterator[pathlib.Path]:
     each = zip(work, guides, strict=True)
     steps = sum(pipe.steps_of(batch.recipe, image, mask, depth, refiner, guide) for batch, guide in each)
     origin = _origin(loading, {"image": image, "mask": mask, "depth": depth})
-    origin = dataclasses.replace(origin, adapters=worn, **folders)
+    hashes = _hashes(worn, work, **folders)
+    origin = dataclasses.replace(origin, adapters=worn, hashes=hashes, **folders)
     _tell_differences(order, told, origin)
 
     # Pictures
@@ -190,10 +195,34 @@ def adapters_of(texts: Sequence[str]) -> list[dict[str, Any]]:
             strength, text_strength = {1: strengths * 2, 2: strengths}[len(strengths)]
         except (ValueError, KeyError):
             raise ValueError(f"--adapter={text}: give PATH, PATH:STRENGTH or PATH:STRENGTH:TEXT_STRENGTH") from None
-        path = pathlib.Path(path).absolute()
-        sha256 = hash_of_file(path) if path.is_file() else None
-        found.append({"path": str(path), "strength": strength, "text_strength": text_strength, "sha256": sha256})
+        found.append(_worn(path, strength, text_strength))
     return found
+
+
+def _worn(path: str, strength: float, text_strength: float) -> dict[str, Any]:
+    path = pathlib.Path(path).absolute()
+    kind, name = next(iter(adapters.hashes(path))).split(":", 1)
+    return {
+        "path": str(path),
+        "strength": strength,
+        "text_strength": text_strength,
+        "sha256": hash_of_file(path) if path.is_file() else None,
+        "tag": "" if kind == "embed" else tags.written(kind, name, text_strength, strength),
+    }
+
+
+def _hashes(
+    worn: Sequence[Mapping[str, Any]], work: Sequence[_Batch], embeddings: str | None, adapter_folder: str | None
+) -> dict[str, str]:
+    """`adapters.hashes` of what is on, of what prompts name by tags, and of the words that they say."""
+    prompts = sorted({prompt for batch in work for prompt in batch.prompts or [batch.recipe.prompt]})
+    found: dict[str, str] = {}
+    for path in filter(None, [*(each["path"] for each in worn), embeddings]):
+        found |= adapters.hashes(path)
+    for prompt in prompts if adapter_folder else []:
+        found |= adapters.hashes_of_tags(prompt, adapter_folder)
+    asked = [*prompts, *(batch.recipe.negative_prompt for batch in work), *(each["tag"] for each in worn)]
+    return asked_for(found, "\n".join(asked))
 
 
 def _input(order: Order, told: Record, name: str) -> str | None:
@@ -244,15 +273,16 @@ def _paths(loading: Mapping[str, Any], name: str) -> list[str | pathlib.Path]:
 def _tell_differences(order: Order, told: Record, here: Origin) -> None:
     """A warning that names what may make another picture of a recipe than it was."""
     now = _versions(here)
-    then = {"checkpoint": told.model_hash} if told.origin is None else _versions(told.origin)
-    different = [f"{name} {old} (here {now[name]})" for name, old in then.items() if old not in (None, now.get(name))]
+    then = {"checkpoint": told.model_hash, **told.hashes} if told.origin is None else _versions(told.origin)
+    changes = {name: old for name, old in then.items() if old not in (None, now.get(name))}
+    different = [f"{name} {old} (here {now.get(name, 'none')})" for name, old in changes.items()]
     if different:
         logger.warning("%s was made with %s: it may come out otherwise", order.recipe, ", ".join(different))
 
 
 def _versions(origin: Origin) -> dict[str, str | None]:
     hashes = {name: getattr(origin, f"{name}_hash") for name in WEIGHTS}
-    return {**hashes, "platform": origin.platform, **origin.versions}
+    return {**hashes, **origin.hashes, "platform": origin.platform, **origin.versions}
 
 
 # -- What is made at once --------------------------------------------------------------------------------------------

@@ -6,12 +6,14 @@
 
 The last line holds `key: value` pairs; a value with a comma, a colon or a line break is a JSON string. The keys, their
 order and what missing ones mean: stable-diffusion-webui 1.10, modules/processing.py, infotext_utils.py,
-sd_schedulers.py, sd_samplers_*.py. Fields of a Recipe that A1111 has no key for do not survive, nor do prompts of
-which a line begins with "Negative prompt:"; `recipe.py` keeps the whole recipe beside this text.
+sd_schedulers.py, sd_samplers_*.py; of "Lora hashes" and "TI hashes", extensions-builtin/Lora/extra_networks_lora.py and
+modules/sd_hijack_clip.py. Fields of a Recipe that A1111 has no key for do not survive, nor do prompts of which a line
+begins with "Negative prompt:"; `recipe.py` keeps the whole recipe beside this text.
 """
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from sd_jax.types import Recipe
@@ -94,6 +96,7 @@ _NUMBERS = {
     "Masked area padding": ("padding", int),
     "Refiner switch at": ("refiner_switch", float),
 }
+_HASHES = {"Lora hashes": "lora", "TI hashes": "embed"}
 _PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # the format's own definition
 _NEGATIVE = "Negative prompt:"
 
@@ -110,6 +113,7 @@ def write(
     version: str | None = None,
     refiner: str | None = None,  # "name [hash]"
     clip_score: float | None = None,  # by which it was chosen among others
+    hashes: Mapping[str, str] | None = None,  # of adapters and words, as `Parsed` has them
 ) -> str:
     """The infotext of a picture."""
     varied, second = recipe.variation_strength > 0, recipe.scale is not None
@@ -142,6 +146,7 @@ def write(
         "Hires upscaler": UPSCALERS.get(recipe.upscaler, recipe.upscaler) if second else None,
         "Refiner": refiner,
         "Refiner switch at": None if refiner is None else recipe.refiner_switch,
+        **{key: _listed(hashes or {}, kind) for key, kind in _HASHES.items()},
         "CLIP score": None if clip_score is None else f"{clip_score:.4f}",
         "Version": version,
     }
@@ -156,6 +161,12 @@ def _schedule_type(recipe: Recipe) -> str:
     if recipe.schedule in SCHEDULES:
         return SCHEDULES[recipe.schedule]
     return "Automatic" if recipe.schedule == AUTOMATIC.get(recipe.sampler) else recipe.schedule
+
+
+def _listed(hashes: Mapping[str, str], kind: str) -> str | None:
+    """Those of a kind: "ink: 0123456789ab, fur: ba9876543210"; names without what parts them, None for none."""
+    here = {name.partition(":")[2]: digits for name, digits in hashes.items() if name.startswith(f"{kind}:")}
+    return ", ".join(f"{re.sub('[:,]', '', name)}: {digits}" for name, digits in here.items()) or None
 
 
 def _quoted(value: Any) -> str:
@@ -174,6 +185,7 @@ class Parsed(NamedTuple):
     recipe: Recipe
     model: str | None  # its name
     model_hash: str | None
+    hashes: dict[str, str]  # of adapters and words: {"lora:ink": "0123456789ab", "embed:zorp": ...}
     ignored: list[str]  # "key: value" of all that is not understood
 
 
@@ -192,13 +204,17 @@ def parse(text: str) -> Parsed:
         "negative_prompt": "\n".join(lines[at:]).removeprefix(_NEGATIVE).removeprefix(" "),
     }
     model, model_hash = values.pop("Model", None), values.pop("Model hash", None)
+    hashes = {}
+    for key, kind in _HASHES.items():
+        pairs = (pair.rpartition(":") for pair in values.pop(key, "").split(",") if ":" in pair)
+        hashes |= {f"{kind}:{name.strip()}": digits.strip() for name, _, digits in pairs}
     for key in ("Version", "CLIP score"):
         values.pop(key, None)
     _read_numbers(values, fields)
     _read_names(values, fields)
     if "strength" in fields:
         fields["strength_steps"] = "a1111"
-    return Parsed(Recipe(**fields), model, model_hash, [f"{key}: {value}" for key, value in values.items()])
+    return Parsed(Recipe(**fields), model, model_hash, hashes, [f"{key}: {value}" for key, value in values.items()])
 
 
 def _unquoted(value: str) -> str:

@@ -17,9 +17,11 @@ import hashlib
 import json
 import pathlib
 import platform
+import re
 import sys
 import types as python_types
 import typing
+from collections.abc import Mapping
 from logging import getLogger
 from typing import Any
 
@@ -120,7 +122,9 @@ class Origin:
     clip_hash: str | None = None
     embeddings: str | None = None  # a file of textual inversion, or a folder of them
     adapter_folder: str | None = None  # where the tags of prompts found their files
-    adapters: list = dataclasses.field(default_factory=list)  # {"path", "strength", "text_strength", "sha256"} of each
+    adapters: list = dataclasses.field(default_factory=list)  # {"path", "strength", "text_strength", "sha256", "tag"}
+    # of each; the tag is what asks for it in a prompt, "" for words, which need none
+    hashes: dict[str, str] = dataclasses.field(default_factory=dict)  # of adapters and words, see `adapters.hashes`
     image: dict[str, str] | None = None  # {"path", "sha256"} of what it was made from, and of the mask
     mask: dict[str, str] | None = None
     depth: dict[str, str] | None = None
@@ -146,7 +150,8 @@ def texts(recipe: Recipe, origin: Origin, size: tuple[int, int], **more: Any) ->
     from sd_jax.sampling.pipeline import BUNDLED
 
     width, height = size if recipe.scale is None else (None, None)  # A1111 tells the size of the first pass
-    sized = dataclasses.replace(recipe, width=recipe.width or width, height=recipe.height or height)
+    prompt = " ".join(filter(None, [recipe.prompt, *(each.get("tag") for each in origin.adapters)]))  # its only way
+    sized = dataclasses.replace(recipe, prompt=prompt, width=recipe.width or width, height=recipe.height or height)
     parameters = infotext.write(
         sized,
         _name(origin.checkpoint or str(BUNDLED)),
@@ -156,9 +161,22 @@ def texts(recipe: Recipe, origin: Origin, size: tuple[int, int], **more: Any) ->
         f"sd_jax {origin.versions['sd_jax']}",
         None if origin.refiner is None else f"{_name(origin.refiner)} [{origin.refiner_hash}]",
         more["chosen"]["score"] if "chosen" in more else None,
+        asked_for(origin.hashes, f"{prompt}\n{recipe.negative_prompt}"),
     )
     record = {**dataclasses.asdict(recipe), **dataclasses.asdict(origin), "batch": None, **more}
     return {media.PARAMETERS: parameters, media.RECIPE: json.dumps(record)}
+
+
+def asked_for(hashes: Mapping[str, str], prompt: str) -> dict[str, str]:
+    """Of hashes as `adapters.hashes` has them, those whose tag or word a prompt has."""
+
+    def is_in(name: str) -> bool:
+        kind, name = name.split(":", 1)
+        if kind == "embed":
+            return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", prompt, re.IGNORECASE) is not None
+        return re.search(rf"<(lora|lyco|hypernet):{re.escape(name)}[:>]", prompt) is not None
+
+    return {name: digits for name, digits in hashes.items() if is_in(name)}
 
 
 def _name(path: str) -> str:
@@ -187,6 +205,7 @@ class Record:
     grid: list[dict[str, Any]] | None = None
     model: str | None = None  # of a picture not made by us: the name of the model, and the short hash of its file
     model_hash: str | None = None
+    hashes: dict[str, str] = dataclasses.field(default_factory=dict)  # likewise: of adapters and words, as an Origin's
 
 
 def read_recipe(path: str | pathlib.Path) -> Recipe:
@@ -211,7 +230,7 @@ def read_record(path: str | pathlib.Path) -> Record:
         raise media.BadImage(str(path), str(error)) from error
     if found.ignored:
         logger.warning("%s: not understood and left out: %s", path, "; ".join(found.ignored))
-    return Record(found.recipe, model=found.model, model_hash=found.model_hash)
+    return Record(found.recipe, model=found.model, model_hash=found.model_hash, hashes=found.hashes)
 
 
 def _json(text: str | None) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """What sample.py does, but for its flags: a tiny pipeline on disk, orders, and the files that come of them."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 import shutil
@@ -12,9 +13,11 @@ import pytest
 from sd_jax import media
 from sd_jax.adapters.textual_inversion import Embedding
 from sd_jax.checkpoints import embeddings, keys_peft
-from sd_jax.checkpoints.adapters import save_adapter
+from sd_jax.checkpoints.adapters import open_adapter, save_adapter
 from sd_jax.checkpoints.clip import save_clip
+from sd_jax.checkpoints.read_safetensors import open_file, write
 from sd_jax.sampling import command
+from sd_jax.sampling.adapters import hashes
 from sd_jax.sampling.command import Order, carry_out, read_prompts
 from sd_jax.sampling.pipeline import Pipeline, load
 from sd_jax.sampling.recipe import read_recipe, read_record
@@ -229,7 +232,8 @@ def test_a_map_of_depth_is_recorded_and_seen_again(make, pipe, inputs, tmp_path)
 
 def test_a_picture_of_another_program(make, checkpoint, inputs, tmp_path, pipe, caplog):
     text = (
-        "a star\nSteps: 2, Sampler: Euler Karras, CFG scale: 3, Seed: 5, Size: 32x32, Model hash: 0123456789, Model: m"
+        "a star\nSteps: 2, Sampler: Euler Karras, CFG scale: 3, Seed: 5, Size: 32x32, Model hash: 0123456789, "
+        'Model: m, TI hashes: "zorp: ba9876543210"'
     )
     media.write_png(tmp_path / "theirs.png", np.zeros((32, 32, 3), np.uint8), {"parameters": text})
     with pytest.raises(ValueError, match=r"by another program with m \(hash 0123456789\): give it as --checkpoint"):
@@ -237,6 +241,7 @@ def test_a_picture_of_another_program(make, checkpoint, inputs, tmp_path, pipe, 
     with caplog.at_level(logging.WARNING):
         made = make(recipe=str(tmp_path / "theirs.png"), loading={"checkpoint": checkpoint})
     assert "made with checkpoint 0123456789 (here " in caplog.text
+    assert "embed:zorp ba9876543210 (here none): it may come out otherwise" in caplog.text
     recipe = Recipe("a star", schedule="karras", seed=5, width=32, height=32, noise_source="nv", **FEW)
     assert read_recipe(tmp_path / "theirs.png") == recipe
     np.testing.assert_array_equal(made["00000.png"], pipe.make(recipe)[0])
@@ -431,18 +436,36 @@ def adapters(pipe, tmp_path_factory):
     return folder
 
 
-def test_adapters_are_put_on_and_recorded(make, pipe, adapters):
-    ink = str(adapters / "styles" / "ink.safetensors")
+def test_adapters_are_put_on_and_recorded(make, pipe, adapters, tmp_path, caplog):
+    ink = str(shutil.copytree(adapters, tmp_path / "adapters") / "styles" / "ink.safetensors")
     fields = {**FEW, "prompt": "a red circle"}
     plain, on = make(fields)["00000.png"], make(fields, adapters=(f"{ink}:0.5",))["00000.png"]
     assert np.abs(on.astype(int) - plain).max() > 0
     np.testing.assert_array_equal(on, pipe.with_adapter(ink, 0.5).text_to_image(**fields)[0])
+    (digits,) = hashes(ink).values()
+    assert parameters(make).startswith("a red circle <lora:ink:0.5>\n")
+    assert f'Lora hashes: "ink: {digits}", Version: ' in parameters(make)
     again = make(recipe=str(make.folder / "00000.png"))["00000.png"]
     np.testing.assert_array_equal(again, on)
-    tagged = make({**FEW, "prompt": "a red circle <lora:ink:0.5>"}, adapter_folder=str(adapters))["00000.png"]
+    folder = str(tmp_path / "adapters")
+    tagged = make({**FEW, "prompt": "a red circle <lora:ink:0.5>"}, adapter_folder=folder)["00000.png"]
     np.testing.assert_array_equal(tagged, on)
-    again = make(recipe=str(make.folder / "00000.png"))["00000.png"]
+    assert parameters(make).startswith("a red circle <lora:ink:0.5>\n")
+    assert f'Lora hashes: "ink: {digits}", Version: ' in parameters(make)
+    recipe = str(make.folder / "00000.png")
+    again = make(recipe=recipe)["00000.png"]
     np.testing.assert_array_equal(again, on)
+
+    layers = jax.tree.map(lambda array: array * 2, open_adapter(ink, pipe.spec).layers)
+    save_adapter(ink, layers, pipe.spec, overwrite=True)
+    with caplog.at_level(logging.WARNING):
+        make(recipe=recipe)
+    assert f"was made with lora:ink {digits} (here {hashes(ink)['lora:ink']}): it may come out otherwise" in caplog.text
+
+
+def parameters(make):
+    """A1111's text of what was made last."""
+    return media.read_text(make.folder / "00000.png")["parameters"]
 
 
 def test_words_are_known_to_prompts(make, pipe, adapters):
@@ -450,6 +473,25 @@ def test_words_are_known_to_prompts(make, pipe, adapters):
     said = make(fields, embeddings=str(adapters))["00000.png"]
     wanted = pipe.with_adapter(adapters / "zorp.safetensors").text_to_image(**fields)[0]
     np.testing.assert_array_equal(said, wanted)
+    digits = hashlib.sha256((adapters / "zorp.safetensors").read_bytes()).hexdigest()[:12]
+    assert parameters(make).startswith("a zorp\n") and f'TI hashes: "zorp: {digits}", Version: ' in parameters(make)
+
+
+def test_adapters_are_known_as_a1111_knows_them(pipe, adapters, tmp_path):
+    ink, bare = adapters / "styles" / "ink.safetensors", tmp_path / "bare.safetensors"
+    contents, found = open_file(ink), ink.read_bytes()
+    digits = hashlib.sha256(found[8 + int.from_bytes(found[:8], "little") :]).hexdigest()[:12]
+    assert hashes(ink) == {"lora:ink": digits} and contents.metadata["sshs_model_hash"].startswith(digits)
+    assert hashes(ink, "styles/ink") == {"lora:styles/ink": digits}
+    write(bare, {name: tensor.read() for name, tensor in contents.tensors.items()})  # with nothing in its header
+    assert hashes(bare) == {"lora:bare": digits}
+    write(bare, dict(contents.tensors), {"sshs_model_hash": "f" * 64})
+    assert hashes(bare) == {"lora:bare": "f" * 12}
+
+    shutil.copy(ink, tmp_path / "adapter.safetensors")  # as a run leaves it
+    assert hashes(tmp_path) == hashes(tmp_path / "adapter.safetensors") == {f"lora:{tmp_path.name}": digits}
+    worn = command.adapters_of([f"{ink}:0.5", f"{ink}:1:0.25", str(adapters / "zorp.safetensors")])
+    assert [each["tag"] for each in worn] == ["<lora:ink:0.5>", "<lora:ink:0.25:1>", ""]  # the text encoder's first
 
 
 @pytest.mark.parametrize(

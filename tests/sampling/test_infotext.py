@@ -64,6 +64,16 @@ def test_every_key_stands_in_its_place():
     assert inpainted.endswith("Denoising strength: 1, RNG: NV, Inpaint area: Only masked, Masked area padding: 16")
 
 
+def test_hashes_of_adapters_and_words():
+    hashes = {"lora:ink, thick": "0123456789ab", "embed:zorp": "ba9876543210", "lora:b": "1" * 12, "hypernet:c": "2"}
+    text = infotext.write(BASE, hashes=hashes, version="v1")
+    written = '"ink thick: 0123456789ab, b: 111111111111"'  # A1111 leaves out commas and colons of names
+    assert text.endswith(f'RNG: NV, Lora hashes: {written}, TI hashes: "zorp: ba9876543210", Version: v1')
+    read = {"lora:ink thick": "0123456789ab", "lora:b": "1" * 12, "embed:zorp": "ba9876543210"}
+    assert infotext.parse(text).hashes == read
+    assert infotext.parse(infotext.write(BASE)).hashes == {}
+
+
 def test_values_are_quoted_as_json():
     text = infotext.write(BASE, model='one, two: "three"', version="ü:")
     assert r'Model: "one, two: \"three\"", RNG: NV, Version: "ü:"' in text
@@ -199,7 +209,8 @@ def test_a_new_picture():
     recipe = found.recipe
     assert (recipe.noise_source, recipe.eta, recipe.scale) == ("torch_cpu", 0.67, 2.0)
     assert (recipe.variation_seed, recipe.variation_strength) == (2, 0.1)
-    assert found.ignored == ["Face restoration: CodeFormer", "Lora hashes: fur: 1f2e, b: 3"]
+    assert found.hashes == {"lora:fur": "1f2e", "lora:b": "3"}
+    assert found.ignored == ["Face restoration: CodeFormer"]
 
 
 def test_a_picture_that_a_refiner_finished():

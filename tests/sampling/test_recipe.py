@@ -154,6 +154,17 @@ def test_the_refiner_is_named_as_a1111_names_it():
     assert "Model: base, " in text and "Refiner: xl_refiner [9876543210], Refiner switch at: 0.7, Version: " in text
 
 
+def test_a1111_is_told_of_adapters_and_words():
+    on = [{"path": "a", "tag": "<lora:ink:0.5>"}, {"path": "b", "tag": ""}, {"path": "of an older version"}]
+    hashes = {"lora:ink": "0" * 12, "lora:other": "1" * 12, "embed:zorp": "2" * 12, "embed:zo": "3" * 12}
+    made = Origin(checkpoint_hash="0123456789", adapters=on, hashes=hashes)
+    text = texts(Recipe("a ZORP, <lyco:other>", "a zoo"), made, (16, 8))["parameters"]
+    assert text.startswith("a ZORP, <lyco:other> <lora:ink:0.5>\nNegative prompt: a zoo\n")
+    assert f'Lora hashes: "ink: {"0" * 12}, other: {"1" * 12}", TI hashes: "zorp: {"2" * 12}", Version: ' in text
+    bare = texts(Recipe("", "zo"), dataclasses.replace(made, adapters=[]), (16, 8))["parameters"]
+    assert "Lora hashes" not in bare and f'TI hashes: "zo: {"3" * 12}"' in bare
+
+
 def test_origin_says_what_computed():
     import jax
 
