@@ -21,7 +21,7 @@ from sd_jax.models.presets import ModelSpec
 from sd_jax.sampling import adapters
 from sd_jax.training import full
 from sd_jax.training.adapting import as_it_is, method_of
-from sd_jax.training.context import Context
+from sd_jax.training.context import ADAPTER, Context, Keys
 from sd_jax.training.method import Adapting
 from sd_jax.types import Params
 
@@ -43,6 +43,7 @@ def _made(config: ConfigDict, spec: ModelSpec, key: Any) -> Hypernetwork:
         cfg.layer_norm,
         cfg.weight_init,
         cfg.activate_output,
+        tuple(cfg.dropout) or None,
     )
 
 
@@ -55,9 +56,10 @@ def _init(config: ConfigDict, networks: Networks, key: Any, loaded: Params) -> P
     return _made(config, networks.spec, key).layers
 
 
-def _wear(context: Context, params: Params) -> tuple[Context, Params]:
+def _wear(context: Context, params: Params, keys: Keys | None) -> tuple[Context, Params]:
     worn = _with(context.config, context.networks.spec, params["adapter"])
-    return context._replace(networks=hooked(context.networks, [(worn, jnp.float32(1))])), params
+    drawn = None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, ADAPTER))(keys)
+    return context._replace(networks=hooked(context.networks, [(worn, jnp.float32(1))], drawn)), params
 
 
 def _put_on(config: ConfigDict, pipe: Any, layers: Params) -> Any:

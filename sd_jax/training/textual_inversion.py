@@ -23,7 +23,7 @@ from sd_jax.models.networks import Networks
 from sd_jax.models.presets import ModelSpec
 from sd_jax.training import full
 from sd_jax.training.adapting import method_of
-from sd_jax.training.context import Context
+from sd_jax.training.context import Context, Keys
 from sd_jax.training.method import Adapting
 from sd_jax.types import Params
 
@@ -54,7 +54,7 @@ def _init(config: ConfigDict, networks: Networks, key: Any, loaded: Params) -> P
     return {part: _table(loaded[part])[-_count(config) :] for part in networks.spec.text_encoders}
 
 
-def _wear(context: Context, params: Params) -> tuple[Context, Params]:
+def _wear(context: Context, params: Params, keys: Keys | None) -> tuple[Context, Params]:
     return context, _with_rows(params, params["adapter"])
 
 

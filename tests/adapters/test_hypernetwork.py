@@ -103,11 +103,13 @@ def test_dropout_is_for_training_alone():
     network.layers["8"]["k"][1]["weight"] = jnp.ones((8, 512)) / 512
     rows = jnp.zeros((200, 8))
     np.testing.assert_allclose(hypernetwork.apply(network, rows, "k", 8), 1.0, atol=1e-5)
-    dropped = np.asarray(hypernetwork.apply(network, rows, "k", 8, jax.random.key(3)))
+    drop = lambda keys, rows=rows: np.asarray(hypernetwork.apply(network, rows, "k", 8, keys))  # noqa: E731
+    keys = jax.random.split(jax.random.key(3), 4)  # of four pictures of 50 rows each
+    dropped = drop(keys)
     assert abs(dropped.mean() - 1) < 0.01 and abs(dropped[:, 0].std() / (0.25 / 0.75 / 512) ** 0.5 - 1) < 0.2
-    again = hypernetwork.apply(network, rows, "k", 8, jax.random.key(3))
-    np.testing.assert_array_equal(again, dropped)
-    assert np.abs(np.asarray(hypernetwork.apply(network, rows, "k", 8, jax.random.key(4))) - dropped).max() > 0.01
+    assert len({picture.tobytes() for picture in dropped.reshape(4, 50, 8)}) == 4
+    np.testing.assert_array_equal(drop(keys[2:3], rows[:50]), dropped[100:150])  # whatever lies beside it
+    assert np.abs(drop(jax.random.split(jax.random.key(4), 4)) - dropped).max() > 0.01
 
 
 def test_another_strength_or_other_weights_compile_nothing():
