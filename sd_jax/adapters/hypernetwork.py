@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
+from sd_jax.models.presets import ModelSpec
 from sd_jax.names import hint
 from sd_jax.types import AnyArray
 
@@ -139,6 +140,24 @@ def check(layer_structure: Sequence[int | float], activation: str, dropout: Sequ
     if len(dropout) != len(layer_structure) or dropout[0] or not all(0 <= rate < 1 for rate in dropout):
         raise ValueError(
             f"dropout={dropout}: give as many shares as layer_structure has widths, from 0 to below 1, the first one 0"
+        )
+
+
+def widths_of(spec: ModelSpec) -> tuple[int, ...]:
+    """Of the states that a U-Net's attentions read: the text's, and its features'."""
+    unet = spec.unet
+    attend = [width for width, has in zip(unet.block_out_channels, unet.attention_blocks, strict=True) if has]
+    return tuple(sorted({unet.cross_attention_dim, *attend, unet.block_out_channels[-1]}))  # the middle attends too
+
+
+def check_fits(hypernetwork: Hypernetwork, spec: ModelSpec) -> None:
+    """Raises ValueError where it is for states of a width that nothing in this model has: it is another family's."""
+    there = widths_of(spec)
+    odd = [width for width in hypernetwork.layers if int(width) not in there]
+    if odd:
+        raise ValueError(
+            f"a hypernetwork for states that are {', '.join(odd)} wide, and this model's are "
+            f"{', '.join(map(str, there))}: take one that was made for this family"
         )
 
 

@@ -54,7 +54,7 @@ from sd_jax.models.presets import ModelSpec
 from sd_jax.types import Params
 
 FORMATS = ("kohya", "diffusers")
-_IN_FOLDERS = (  # ours, diffusers', PEFT's
+IN_FOLDERS = (  # ours, diffusers', PEFT's
     "adapter.safetensors",
     "pytorch_lora_weights.safetensors",
     "adapter_model.safetensors",
@@ -154,9 +154,9 @@ _NOT_READ = {  # what is in the names of their tensors
 def _file_in(path: Path) -> Path:
     if not path.is_dir():
         return path
-    found = next((path / name for name in _IN_FOLDERS if (path / name).is_file()), None)
+    found = next((path / name for name in IN_FOLDERS if (path / name).is_file()), None)
     if found is None:
-        raise CheckpointError(f"{path}: no adapter in it ({', '.join(_IN_FOLDERS[:3])}): give the file itself")
+        raise CheckpointError(f"{path}: no adapter in it ({', '.join(IN_FOLDERS[:3])}): give the file itself")
     return found
 
 

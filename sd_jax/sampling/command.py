@@ -98,12 +98,12 @@ def carry_out(order: Order) -> Iterator[pathlib.Path]:
         raise ValueError(f"--best_of={best_of} needs a CLIP that chooses: give it as --clip=PATH")
     texts_from = _paths(loading, "text_encoder")
     several = {"text_encoder": texts_from} if len(texts_from) > 1 else {}
+    worn = adapters_of(order.adapters) if order.adapters else ([] if told.origin is None else told.origin.adapters)
     pipe = load(loading["checkpoint"], **{name: loading[name] for name in LOADING[1:]} | several)
     refiner = None
     if loading["refiner"] is not None:
         weights = loading["weights"].partition(":")[0]  # of which average is for the model alone
         refiner = load(loading["refiner"], weights=weights, **{name: loading[name] for name in ("dtype", "tokenizer")})
-    worn = adapters_of(order.adapters) if order.adapters else ([] if told.origin is None else told.origin.adapters)
     folders = {
         name: getattr(order, name) or getattr(told.origin, name, None) for name in ("embeddings", "adapter_folder")
     }

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from sd_jax.adapters import hypernetwork
 from sd_jax.adapters.hooks import hooked
-from sd_jax.adapters.hypernetwork import Hypernetwork
+from sd_jax.adapters.hypernetwork import Hypernetwork, widths_of
 from sd_jax.checkpoints import hypernetworks
 from sd_jax.models.networks import Networks
 from sd_jax.models.presets import ModelSpec
@@ -24,13 +24,6 @@ from sd_jax.training.adapting import as_it_is, method_of
 from sd_jax.training.context import ADAPTER, Context, Keys
 from sd_jax.training.method import Adapting
 from sd_jax.types import Params
-
-
-def widths_of(spec: ModelSpec) -> tuple[int, ...]:
-    """Of the states that the U-Net's attentions read: the text's, and its features'."""
-    unet = spec.unet
-    attend = [width for width, has in zip(unet.block_out_channels, unet.attention_blocks, strict=True) if has]
-    return tuple(sorted({unet.cross_attention_dim, *attend, unet.block_out_channels[-1]}))  # the middle attends too
 
 
 def _made(config: ConfigDict, spec: ModelSpec, key: Any) -> Hypernetwork:

@@ -85,13 +85,18 @@ def check(config: ConfigDict, spec: ModelSpec) -> None:
     """Raises ValueError, naming key and mend."""
     full.check(config, spec)
     tokens = config.textual_inversion.tokens
-    if not tokens or any(len(row) != 3 or row[1] < 1 for row in tokens):
+    if not tokens or not all(map(_is_token, tokens)):
         raise ValueError(
             f"config.textual_inversion.tokens={tuple(tokens)}: give a (word, vectors, words that it starts as) triple "
             "for each, e.g. (('<sks>', 2, 'star'),)"
         )
     if config.data.cache_text:
         raise ValueError("config.data.cache_text keeps what words say, and these learn: set it to False")
+
+
+def _is_token(row: Any) -> bool:
+    word, count, like = row if len(row) == 3 else ("", 0, "")
+    return isinstance(count, int) and count > 0 and bool(word.strip() and like.strip())
 
 
 def _table(params: Params) -> Any:
