@@ -47,6 +47,8 @@ def for_checkpoint(method: str, args: ConfigDict) -> ConfigDict:
     config.optimizer.learning_rate = 1e-5
     if args.shapes:
         config.init = str(BUNDLED)
+        config.total_steps = 700
+        config.optimizer.learning_rate = 1e-3
         config.batch_size = 16
         config.data.resolution = 64
         config.data.held_out = 0.0

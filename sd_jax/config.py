@@ -211,6 +211,7 @@ def training_defaults(method: str) -> ConfigDict:
         config.hypernetwork.activate_output = False
         config.hypernetwork.layer_norm = False
         config.hypernetwork.weight_init = "normal"
+        config.hypernetwork.dropout = ()  # shares that training drops, at each place of the structure, e.g. (0, 0.3, 0)
     if method in ADAPTING:
         config.ema_decays = (0.0,)  # the last weights
     if method == "super_resolution":

@@ -9,13 +9,14 @@
 function, so that another adapter of the same shapes, or another strength, compiles nothing.
 """
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from sd_jax.adapters import deltas, hypernetwork
 from sd_jax.adapters.deltas import Entry, Layers, Strength
@@ -32,13 +33,17 @@ def parts_of(adapter: Adapter) -> tuple[str, ...]:
     return ("unet",) if isinstance(adapter, Hypernetwork) else tuple(adapter)
 
 
-def hooked(networks: Networks, adapters: Sequence[tuple[Adapter, Strength]]) -> Networks:
+def hooked(
+    networks: Networks,
+    adapters: Sequence[tuple[Adapter, Strength]],
+    keys: Key[Array, " batch"] | None = None,  # of training's dropout, one for each picture; None = nothing is dropped
+) -> Networks:
     """`networks` whose U-Net and text encoders have the adapters on, to be used within one trace."""
     changed = {}
     for part in PARTS:
         here = [(adapter, strength) for adapter, strength in adapters if part in parts_of(adapter)]
         if here:
-            changed[part] = _Hooked(getattr(networks, part), part, here)
+            changed[part] = _Hooked(getattr(networks, part), part, here, keys)
     return networks._replace(**changed)
 
 
@@ -51,8 +56,8 @@ def merge(params: Mapping[str, Params], layers: Layers, strengths: Mapping[str, 
 class _Hooked:
     """A module with adapters on: as much of linen's interface as networks use."""
 
-    def __init__(self, module: nn.Module, part: str, adapters: Sequence[tuple[Adapter, Strength]]):
-        self._module = module
+    def __init__(self, module: nn.Module, part: str, adapters: Sequence[tuple[Adapter, Strength]], keys: Any):
+        self._module, self._keys = module, keys
         self._hypernetworks = [(a, t) for a, t in adapters if isinstance(a, Hypernetwork)]
         layers = [(a[part], t) for a, t in adapters if not isinstance(a, Hypernetwork)]
         chosen = lambda low: [  # noqa: E731
@@ -73,14 +78,20 @@ class _Hooked:
             return call(*args, **kwargs)
         (x,), path = args, module.path
         if path[-1] in ("to_k", "to_v") and path[-2].startswith("attn"):
-            for network, strength in self._hypernetworks:
-                x = hypernetwork.apply(network.replace(strength=strength), x, path[-1][-1], x.shape[-1])
+            for number, (network, strength) in enumerate(self._hypernetworks):
+                own = _folded(self._keys, f"{number}/{'/'.join(path[:-1])}")
+                x = hypernetwork.apply(network.replace(strength=strength), x, path[-1][-1], x.shape[-1], own)
         y = call(x, **kwargs)
         for entries, strength in self._added:
             entry = entries.get("/".join(path))
             if entry is not None:
                 y = y + low_rank(x.astype(y.dtype), entry, strength, module)
         return y
+
+
+def _folded(keys: Key[Array, " batch"] | None, name: str) -> Key[Array, " batch"] | None:
+    """Of the draws that are called so."""
+    return None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, zlib.crc32(name.encode())))(keys)
 
 
 def low_rank(

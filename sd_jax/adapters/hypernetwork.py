@@ -22,8 +22,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key, PRNGKeyArray
 
+from sd_jax.models.presets import ModelSpec
 from sd_jax.names import hint
 from sd_jax.types import AnyArray
 
@@ -142,14 +143,35 @@ def check(layer_structure: Sequence[int | float], activation: str, dropout: Sequ
         )
 
 
+def widths_of(spec: ModelSpec) -> tuple[int, ...]:
+    """Of the states that a U-Net's attentions read: the text's, and its features'."""
+    unet = spec.unet
+    attend = [width for width, has in zip(unet.block_out_channels, unet.attention_blocks, strict=True) if has]
+    return tuple(sorted({unet.cross_attention_dim, *attend, unet.block_out_channels[-1]}))  # the middle attends too
+
+
+def check_fits(hypernetwork: Hypernetwork, spec: ModelSpec) -> None:
+    """Raises ValueError where it is for states of a width that nothing in this model has: it is another family's."""
+    there = widths_of(spec)
+    odd = [width for width in hypernetwork.layers if int(width) not in there]
+    if odd:
+        raise ValueError(
+            f"a hypernetwork for states that are {', '.join(odd)} wide, and this model's are "
+            f"{', '.join(map(str, there))}: take one that was made for this family"
+        )
+
+
 def apply(
     hypernetwork: Hypernetwork,
     context: Float[Array, "rows width"],  # x of Eq. 1
     which: str,  # "k" | "v": what is to be made of it
     width: int,  # of the context
-    key: PRNGKeyArray | None = None,  # of the dropout, one for each attention; None = none, as when pictures are made
+    keys: Key[Array, " batch"] | None = None,  # of the dropout, for each picture whose rows these are, in their order
 ) -> Float[Array, "rows width"]:
-    """x + t h(x) of Eq. 1, in the dtype of x; x itself where the hypernetwork has nothing for such a width."""
+    """x + t h(x) of Eq. 1, in the dtype of x; x itself where the hypernetwork has nothing for such a width.
+
+    keys=None: nothing is dropped, as when pictures are made.
+    """
     networks = hypernetwork.layers.get(str(width))
     if networks is None:
         return context
@@ -160,11 +182,15 @@ def apply(
         x = activation(x) if i < last or hypernetwork.activate_output else x
         if "norm_weight" in leaves:
             x = _normalised(x) * leaves["norm_weight"][None] + leaves["norm_bias"][None]
-        if key is not None and rate:
-            own = jax.random.fold_in(key, 2 * i + ("k", "v").index(which))
-            kept = jax.random.bernoulli(own, 1 - rate, x.shape)
-            x = jnp.where(kept, x / (1 - rate), 0)
+        if keys is not None and rate:
+            x = jnp.where(_kept(keys, 2 * i + ("k", "v").index(which), 1 - rate, x.shape), x / (1 - rate), 0)
     return context + jnp.asarray(hypernetwork.strength, x.dtype) * x
+
+
+def _kept(keys: Key[Array, " batch"], draw: int, share: float, shape: tuple[int, ...]) -> Array:
+    """What dropout leaves: each picture draws for itself, so that how a batch is cut changes no draw."""
+    one = lambda key: jax.random.bernoulli(jax.random.fold_in(key, draw), share, (shape[0] // len(keys), shape[1]))  # noqa: E731
+    return jax.vmap(one)(keys).reshape(shape)
 
 
 def _normalised(x: Array) -> Array:

@@ -19,6 +19,7 @@ from sd_jax.data.captions import CAPTION_KEYS, IMAGE_KEYS, choose_key, choose_ke
 from sd_jax.media import BadImage
 
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+CAPTIONS = (".txt", ".caption")  # of a picture's name beside it; the second is kohya's
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TABLES = (".parquet", ".arrow", ".tar")  # a folder that holds these is a data set; pictures in it are decoration
 
@@ -46,9 +47,10 @@ def pictures_in(root: pathlib.Path) -> list[str]:
 class FolderSource:
     """Pictures below `root` in the order of their names; where a metadata file speaks for a folder, those it lists.
 
-    A picture's caption is in the metadata or in a .txt file of its name: both are an error. Where all pictures lie in
-    folders named "10_name class" (`repeats_of`), `repeats` says how often each counts, and those without a caption have
-    "name class". Pictures in a folder masks/, of the same names as others beside that folder, are masks.
+    A picture's caption is in the metadata or in one file of its name, .txt or .caption: two are an error. Where all
+    pictures lie in folders named "10_name class" (`repeats_of`), `repeats` says how often each counts, and those
+    without a caption have "name class". Pictures in a folder masks/, of the same names as others beside that folder,
+    are masks.
     """
 
     def __init__(
@@ -80,19 +82,22 @@ class FolderSource:
         named = repeats_of(root, self._files) if beside else {}
         # How often each picture counts in an epoch
         self.repeats = np.array([named[_folder_of(f)].times if named else 1 for f in self._files], np.int64)
-        # Where captions are: in a .txt file; else in `_told`, by metadata or names
+        # Where captions are: in a file beside; else in `_told`, by metadata or names
         self._texts: dict[str, str] = {}
         self._told = dict(listed)
         if self._captioned:
             self._find_captions(files if beside else [], named, from_names and beside)
 
     def _find_captions(self, files: list[str], named: dict[str, "Repeats"], from_names: bool) -> None:
-        texts = {f for f in files if f.endswith(".txt")}
-        self._texts = {f: text for f in self._files if (text := _beside(f)) in texts}
+        texts = {f for f in files if f.endswith(CAPTIONS)}
         for f in self._files:
             told = any(self._told.get(f, ()))
-            if told and f in self._texts:
-                raise DataError(f"{self._root / f}: has two captions, in metadata and in a .txt file: remove one")
+            beside = [text for text in _beside(f) if text in texts]
+            if len(beside) + told > 1:
+                places = " and ".join([*["the metadata"] * told, *map(os.path.basename, beside)])
+                raise DataError(f"{self._root / f}: has two captions, in {places}: remove one")
+            if beside:
+                self._texts[f] = beside[0]
             words = named[_folder_of(f)].words if named else words_of(f) if from_names else ""
             if words and not told:
                 self._told[f] = ((words,),)
@@ -112,7 +117,7 @@ class FolderSource:
         return {"pixels": pixels, "fields": self.fields(index), "index": index, **mask}
 
     def fields(self, index: int) -> tuple[tuple[str, ...], ...]:
-        """Of a .txt file, and of a name, one field alone."""
+        """Of a file beside, and of a name, one field alone."""
         file = self._files[index]
         if not self._captioned:
             return ()
@@ -226,8 +231,8 @@ def _is_picture(file: str) -> bool:
     return file.lower().endswith(PICTURES)
 
 
-def _beside(file: str) -> str:
-    return os.path.splitext(file)[0] + ".txt"
+def _beside(file: str) -> list[str]:
+    return [os.path.splitext(file)[0] + ending for ending in CAPTIONS]
 
 
 # -- Metadata --------------------------------------------------------------------------------------------------------

@@ -187,7 +187,9 @@ def _load(name: str):
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return _only_split(_try(name, datasets.load_from_disk, str(path)), name), path
         if not any(file.suffix in READERS for file in path.rglob("*")):
-            raise DataError(f"data.path={name!r} holds neither pictures nor parquet, arrow, json or tar files")
+            raise DataError(
+                f"data.path={name!r} holds neither pictures nor parquet, arrow, json or tar files: name one that does"
+            )
         return _load_split(name, str(path)), path
     found = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))
     if found:

@@ -57,10 +57,11 @@ class Source(Protocol):
 def open_source(config: Config) -> Source:
     """Opens `config.data.path`.
 
-    "shapes" is shapes world. A folder of pictures has captions in `.txt` files of the same stem, in metadata.jsonl,
-    .csv or .parquet files (`file_name`, and a column of captions), or in names (see `folder.FolderSource`). A folder,
-    file or pattern of webdataset tars is read where it lies. All else is for Hugging Face `datasets`: a folder or file
-    of parquet, arrow or json, what `save_to_disk` wrote, or the name of a set on the hub.
+    "shapes" is shapes world. A folder of pictures has captions in `.txt` or `.caption` files of the same stem, in
+    metadata.jsonl, .csv or .parquet files (`file_name`, and a column of captions), or in names (see
+    `folder.FolderSource`). A folder, file or pattern of webdataset tars is read where it lies. All else is for Hugging
+    Face `datasets`: a folder or file of parquet, arrow or json, what `save_to_disk` wrote, or the name of a set on the
+    hub.
     `config.data.caption_key=""` reads no captions; where `config.data.rating_key` is, its column is read in their
     place.
     Raises FileNotFoundError or DataError, each naming the key and the mend.

@@ -1,10 +1,12 @@
 """Text of any length to chunks of as many tokens as a text encoder reads at once: prompts, and captions to train on.
 
-A chunk is start, at most `positions - 2` tokens (75 of CLIP's 77), end, padding. Start, end and padding weigh 1.
+A chunk is start, at most `positions - 2` tokens (75 of CLIP's 77), end, padding. Start, end and padding weigh 1. A word
+of several tokens (textual inversion) that a chunk has no room for goes to the next one whole, unless it is longer than
+a chunk; ComfyUI does so with words of less than 8 alone.
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from logging import getLogger
 
 import numpy as np
@@ -66,14 +68,14 @@ def _cut_at_commas(pieces: Iterable[Piece], tokenizer: Tokenizer, length: int) -
         parts.pop()  # nothing after the last BREAK
     chunks = []
     for part in parts:
-        ends = _ends_at_commas([token for token, _ in part], tokenizer.comma_token_id, length)
+        ends = _ends_at_commas([token for token, _ in part], tokenizer, length)
         chunks += [part[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     return chunks
 
 
-def _ends_at_commas(tokens: Sequence[int], comma: int | None, length: int) -> list[int]:
+def _ends_at_commas(tokens: Sequence[int], tokenizer: Tokenizer, length: int) -> list[int]:
     """Where the chunks of a text end; at least one, and the last one is `len(tokens)`."""
-    ends, start = [], 0
+    comma, ends, start = tokenizer.comma_token_id, [], 0
     last = None  # comma of this chunk; one that overflows into the next chunk does not count there
     for i, token in enumerate(tokens):
         if i - start == length:
@@ -82,6 +84,9 @@ def _ends_at_commas(tokens: Sequence[int], comma: int | None, length: int) -> li
             ends.append(start)
         elif token == comma:
             last = i
+        if start < i and i + tokenizer.counts.get(token, 1) > start + length:  # a word that would be cut in two
+            start, last = i, None
+            ends.append(start)
     return [*ends, len(tokens)]
 
 
@@ -89,15 +94,33 @@ def _cut_at_segments(pieces: Iterable[Piece], tokenizer: Tokenizer, length: int)
     """ComfyUI's: a segment that does not fit goes to the next chunk whole if it is short, else it is cut."""
     chunks: list[list[Token]] = [[]]
     for piece in pieces:
-        tokens = [(token, piece.weight) for token in tokenizer.token_ids(piece.text)]
-        long = len(tokens) >= min(LONG_SEGMENT, length + 1)
-        while len(chunks[-1]) + len(tokens) > length:
-            room = length - len(chunks[-1]) if long else 0
-            chunks[-1] += tokens[:room]
-            tokens = tokens[room:]
-            chunks.append([])
-        chunks[-1] += tokens
+        for ids, is_word in _segments(tokenizer.token_ids(piece.text), tokenizer):
+            tokens = [(token, piece.weight) for token in ids]
+            long = len(tokens) > length if is_word else len(tokens) >= min(LONG_SEGMENT, length + 1)
+            while len(chunks[-1]) + len(tokens) > length:
+                room = length - len(chunks[-1]) if long else 0
+                chunks[-1] += tokens[:room]
+                tokens = tokens[room:]
+                chunks.append([])
+            chunks[-1] += tokens
     return chunks
+
+
+def _segments(tokens: Sequence[int], tokenizer: Tokenizer) -> Iterator[tuple[Sequence[int], bool]]:
+    """(tokens, whether they are one word of several), in their order: such words, and what is between them."""
+    begin = 0
+    for i, token in enumerate(tokens):
+        if token in tokenizer.counts:
+            yield tokens[begin:i], False
+            begin = i + tokenizer.counts[token]
+            yield tokens[i:begin], True
+    yield tokens[begin:], False
+
+
+def _before_a_cut_word(tokens: Sequence[int], tokenizer: Tokenizer, begin: int, end: int) -> int:
+    """`end`, or where a word of several tokens begins that would be cut in two there."""
+    words = (i for i in range(begin + 1, end) if i + tokenizer.counts.get(tokens[i], 1) > end)
+    return next(words, end)
 
 
 _CHUNKINGS = {"commas": _cut_at_commas, "segments": _cut_at_segments}
@@ -146,11 +169,12 @@ class CaptionTokenizer:
         """Where each chunk ends, at most `chunks` of them. The last one is filled: nothing moves on from it."""
         if len(tokens) <= self._length:
             return [len(tokens)]
-        ends = _ends_at_commas(tokens, self._tokenizer.comma_token_id, self._length)
+        ends = _ends_at_commas(tokens, self._tokenizer, self._length)
         if len(ends) <= self._chunks:
             return ends
         kept = ends[: self._chunks - 1]
-        return [*kept, (kept[-1] if kept else 0) + self._length]
+        begin = kept[-1] if kept else 0
+        return [*kept, _before_a_cut_word(tokens, self._tokenizer, begin, begin + self._length)]
 
     def _count(self, text: str, kept: int) -> None:
         with self._lock:

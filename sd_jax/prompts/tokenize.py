@@ -55,7 +55,8 @@ class Tokenizer:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_padding()  # we pad and cut ourselves: these settings are shared state, not an argument
         self._backend.no_truncation()
-        self._counts = _ids_of_words(tokenizer.get_added_vocab())
+        # Words of several ids, which belong together: {first id: how many}
+        self.counts: dict[int, int] = _ids_of_words(tokenizer.get_added_vocab())
         self.vocab_size: int = len(tokenizer)
         self.bos_token_id: int = tokenizer.bos_token_id
         self.eos_token_id: int = tokenizer.eos_token_id
@@ -92,7 +93,7 @@ class Tokenizer:
         """The end of a text, from the token of that number (of `token_ids`) on; the word that it lies in is whole."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         words = encoding.word_ids
-        token = [place for place, i in enumerate(encoding.ids) for _ in range(self._counts.get(i, 1))][token]
+        token = [place for place, i in enumerate(encoding.ids) for _ in range(self.counts.get(i, 1))][token]
         while token > 0 and words[token] == words[token - 1]:
             token -= 1
         return text[encoding.offsets[token][0] :].strip()
@@ -153,7 +154,7 @@ class Tokenizer:
 
     def _spread(self, ids: Sequence[int]) -> list[int]:
         """With all ids of the words that were added, of which the library knows the first alone."""
-        return [i + n for i in ids for n in range(self._counts.get(i, 1))]
+        return [i + n for i in ids for n in range(self.counts.get(i, 1))]
 
     def _check_vocabulary(self) -> None:
         """transformers opens a folder without vocabulary as a tokenizer of two tokens, silently; so look."""

@@ -8,6 +8,7 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from logging import getLogger
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from sd_jax.adapters.deltas import Layers
 from sd_jax.adapters.hooks import Adapter, hooked, merge, parts_of
-from sd_jax.adapters.hypernetwork import Hypernetwork
+from sd_jax.adapters.hypernetwork import Hypernetwork, check_fits
 from sd_jax.adapters.textual_inversion import Embedding, with_embeddings
 from sd_jax.checkpoints import embeddings, files, hypernetworks
 from sd_jax.checkpoints.adapters import IN_FOLDERS, file_in, hash_of_adapter, open_adapter
@@ -79,13 +80,13 @@ def wearing(networks: Networks, on: On | None, call: Int[Array, ""] | int = 0) -
 
 def at_calls(schedule: Schedule, calls: int) -> Float[np.ndarray, " calls"]:
     """The strength at each call. Raises ValueError for what is no schedule."""
-    if isinstance(schedule, int | float):
-        return np.full(calls, schedule, np.float32)
     try:
-        starts, values = np.array(schedule, np.float32).T
+        starts, values = np.array([(0, schedule)] if isinstance(schedule, Real) else schedule, np.float32).T
+        wrong = starts[0] != 0 or np.any(np.diff(starts) <= 0) or starts[-1] > 1
+        wrong = wrong or not np.isfinite([starts, values]).all()
     except (TypeError, ValueError):
-        starts = None
-    if starts is None or starts[0] != 0 or np.any(np.diff(starts) <= 0) or starts[-1] > 1:
+        wrong = True
+    if wrong:
         raise ValueError(
             f"strength={schedule!r}: give a number, or (share of the steps, strength) pairs, the first share 0 and "
             "each larger than the one before"
@@ -109,21 +110,26 @@ def put_on(
     """`Pipeline.with_adapter`, whose docstring says what the arguments are."""
     at_calls(strength, 1)
     if text_strength is None:
-        if not isinstance(strength, int | float):
+        if not isinstance(strength, Real):
             raise ValueError("a strength that changes on the way is the U-Net's alone: give text_strength= as well")
         text_strength = strength
-    if not all(map(math.isfinite, (text_strength, *(blocks or {}).values()))):
+    if not all(isinstance(t, Real) and math.isfinite(t) for t in (text_strength, *(blocks or {}).values())):
         raise ValueError(f"text_strength={text_strength!r}, blocks={blocks!r}: give finite numbers")
     adapter = path if isinstance(path, Mapping | Hypernetwork) else open_any(path, pipe)
+    source = str(path) if isinstance(path, str | pathlib.Path) else "an adapter"
     if isinstance(adapter, list):
         tokenizer, params = pipe.tokenizer, pipe.params
         spec, params, tokenizer = with_embeddings(pipe.spec, params, tokenizer, adapter)
         return pipe.changed(spec=spec, networks=Networks.of(spec, pipe.dtype), _params=params, _tokenizer=tokenizer)
     if blocks:
         adapter = _weighed(adapter, blocks)
+    if isinstance(adapter, Hypernetwork):
+        try:
+            check_fits(adapter, pipe.spec)
+        except ValueError as error:
+            raise CheckpointError(f"{source}: {error}") from None
     adapter = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), adapter)
-    source = path if isinstance(path, str) else getattr(path, "name", "an adapter")
-    return pipe.changed(adapters=(*pipe.adapters, Worn(adapter, strength, float(text_strength), str(source))))
+    return pipe.changed(adapters=(*pipe.adapters, Worn(adapter, strength, float(text_strength), source)))
 
 
 def open_any(path: str | pathlib.Path, pipe: "Pipeline") -> Layers | Hypernetwork | list[Embedding]:
@@ -135,8 +141,7 @@ def open_any(path: str | pathlib.Path, pipe: "Pipeline") -> Layers | Hypernetwor
     if (path / HYPERNETWORK).is_file():
         return hypernetworks.load(path / HYPERNETWORK)
     if path.is_dir():
-        found = _words_in(path)
-        return [embeddings.load(file) for file in found] if found else open_adapter(path, pipe.spec).layers
+        return _open_words(path) if not _holds_adapter(path) else open_adapter(path, pipe.spec).layers
     tensors = files.open_any(path).tensors
     if hypernetworks.is_hypernetwork(tensors):
         return hypernetworks.load(path)
@@ -167,17 +172,25 @@ def hashes(path: str | pathlib.Path, name: str = "") -> dict[str, str]:
     return {f"lora:{name}": hash_of_adapter(file)}
 
 
+def _holds_adapter(folder: pathlib.Path) -> bool:
+    return any((folder / name).is_file() for name in (HYPERNETWORK, *IN_FOLDERS))
+
+
 def _words_in(path: pathlib.Path) -> list[pathlib.Path]:
-    """The embeddings in a folder; a file that is one is its own."""
-    found = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES] if path.is_dir() else [path]
-    return [file for file in found if _is_embedding(file)]
+    """The files of a folder without an adapter, which are embeddings; a file that is one is its own."""
+    if path.is_dir():
+        return [] if _holds_adapter(path) else [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES]
+    return [path] if embeddings.is_embedding(files.open_any(path).tensors) else []
 
 
-def _is_embedding(file: pathlib.Path) -> bool:
+def _open_words(folder: pathlib.Path) -> list[Embedding]:
+    found = _words_in(folder)
+    if not found:
+        raise CheckpointError(f"{folder}: no adapter and no embeddings in it ({', '.join(SUFFIXES)}): give a file")
     try:
-        return embeddings.is_embedding(files.open_any(file).tensors)
-    except CheckpointError:
-        return False
+        return [embeddings.load(file) for file in found]
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {folder} is read as embeddings: remove this file from it") from error
 
 
 def put_on_tagged(pipe: "Pipeline", prompt: str | Sequence[str]) -> tuple["Pipeline", str | Sequence[str]]:
@@ -223,7 +236,7 @@ def merge_into(pipe: "Pipeline") -> "Pipeline":
         if isinstance(worn.adapter, Hypernetwork):
             stay.append(worn)
             continue
-        if not isinstance(worn.strength, int | float):
+        if not isinstance(worn.strength, Real):
             raise ValueError(f"{worn.source}: a strength that changes on the way cannot be merged into weights")
         strengths = {part: worn.strength if part == "unet" else worn.text_strength for part in worn.adapter}
         params = merge(params, worn.adapter, strengths)

@@ -100,14 +100,14 @@ def carry_out(order: Order) -> Iterator[pathlib.Path]:
         raise ValueError(f"--best_of={best_of} needs a CLIP that chooses: give it as --clip=PATH")
     texts_from = _paths(loading, "text_encoder")
     several = {"text_encoder": texts_from} if len(texts_from) > 1 else {}
+    recorded = [] if told.origin is None else told.origin.adapters
+    again = ((each["path"], each["strength"], each["text_strength"]) for each in recorded)
+    worn = adapters_of(order.adapters) if order.adapters else [_worn(*each) for each in again]
     pipe = load(loading["checkpoint"], **{name: loading[name] for name in LOADING[1:]} | several)
     refiner = None
     if loading["refiner"] is not None:
         weights = loading["weights"].partition(":")[0]  # of which average is for the model alone
         refiner = load(loading["refiner"], weights=weights, **{name: loading[name] for name in ("dtype", "tokenizer")})
-    recorded = [] if told.origin is None else told.origin.adapters
-    again = ((each["path"], each["strength"], each["text_strength"]) for each in recorded)
-    worn = adapters_of(order.adapters) if order.adapters else [_worn(*each) for each in again]
     folders = {
         name: getattr(order, name) or getattr(told.origin, name, None) for name in ("embeddings", "adapter_folder")
     }

@@ -30,9 +30,9 @@ FILE = "adapter.safetensors"  # in the workdir
 def method_of(adapting: Adapting, check: Callable, loss: Callable = full.FULL.loss, reads_text: bool = True) -> Method:
     """The row of a method that trains an adapter to denoise. `loss` sees the model with the adapter on."""
 
-    def worn(function):
+    def worn(function, drops: bool):
         def of(context: Context, params: Params, batch: Batch, keys: Keys):
-            return function(*adapting.wear(context, params), batch, keys)
+            return function(*adapting.wear(context, params, keys if drops else None), batch, keys)
 
         return of
 
@@ -41,8 +41,8 @@ def method_of(adapting: Adapting, check: Callable, loss: Callable = full.FULL.lo
         frozen=lambda config, spec: (*("vae",) * ("vae" in spec.parts), "unet", *spec.text_encoders),
         reads=("latents", "captions"),
         check=check,
-        loss=worn(loss),
-        held_out=worn(full.FULL.held_out),
+        loss=worn(loss, drops=True),
+        held_out=worn(full.FULL.held_out, drops=False),
         adapting=adapting,
     )
 
@@ -75,7 +75,7 @@ def _layers(config: ConfigDict, spec: ModelSpec, trained: Params):
     return lora.join(trained, fixed)
 
 
-def _wear(context: Context, params: Params) -> tuple[Context, Params]:
+def _wear(context: Context, params: Params, keys: Keys | None) -> tuple[Context, Params]:
     networks = context.networks
     layers = _layers(context.config, networks.spec, params["adapter"])
     return context._replace(networks=hooked(networks, [(layers, jnp.float32(1))])), params

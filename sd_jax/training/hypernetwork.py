@@ -14,23 +14,16 @@ from ml_collections import ConfigDict
 
 from sd_jax.adapters import hypernetwork
 from sd_jax.adapters.hooks import hooked
-from sd_jax.adapters.hypernetwork import Hypernetwork
+from sd_jax.adapters.hypernetwork import Hypernetwork, widths_of
 from sd_jax.checkpoints import hypernetworks
 from sd_jax.models.networks import Networks
 from sd_jax.models.presets import ModelSpec
 from sd_jax.sampling import adapters
 from sd_jax.training import full
 from sd_jax.training.adapting import as_it_is, method_of
-from sd_jax.training.context import Context
+from sd_jax.training.context import ADAPTER, Context, Keys
 from sd_jax.training.method import Adapting
 from sd_jax.types import Params
-
-
-def widths_of(spec: ModelSpec) -> tuple[int, ...]:
-    """Of the states that the U-Net's attentions read: the text's, and its features'."""
-    unet = spec.unet
-    attend = [width for width, has in zip(unet.block_out_channels, unet.attention_blocks, strict=True) if has]
-    return tuple(sorted({unet.cross_attention_dim, *attend, unet.block_out_channels[-1]}))  # the middle attends too
 
 
 def _made(config: ConfigDict, spec: ModelSpec, key: Any) -> Hypernetwork:
@@ -43,6 +36,7 @@ def _made(config: ConfigDict, spec: ModelSpec, key: Any) -> Hypernetwork:
         cfg.layer_norm,
         cfg.weight_init,
         cfg.activate_output,
+        tuple(cfg.dropout) or None,
     )
 
 
@@ -55,9 +49,10 @@ def _init(config: ConfigDict, networks: Networks, key: Any, loaded: Params) -> P
     return _made(config, networks.spec, key).layers
 
 
-def _wear(context: Context, params: Params) -> tuple[Context, Params]:
+def _wear(context: Context, params: Params, keys: Keys | None) -> tuple[Context, Params]:
     worn = _with(context.config, context.networks.spec, params["adapter"])
-    return context._replace(networks=hooked(context.networks, [(worn, jnp.float32(1))])), params
+    drawn = None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, ADAPTER))(keys)
+    return context._replace(networks=hooked(context.networks, [(worn, jnp.float32(1))], drawn)), params
 
 
 def _put_on(config: ConfigDict, pipe: Any, layers: Params) -> Any:

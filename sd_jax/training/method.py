@@ -37,7 +37,8 @@ class Adapting(NamedTuple):
     # (config, spec, loaded parts, tokenizer) -> the same with what the adapter brings, before anything is compiled
     prepare: Callable[[ConfigDict, ModelSpec, Params, Any], tuple[ModelSpec, Params, Any]]
     init: Callable[[ConfigDict, Networks, Any, Params], Params]  # (config, networks, a random key, loaded parts)
-    wear: Callable[[Context, Params], tuple[Context, Params]]  # context and parameters -> the same with it on
+    # (context, parameters, keys of its dropout or None for none) -> context and parameters with it on
+    wear: Callable[[Context, Params, Keys | None], tuple[Context, Params]]
     put_on: Callable[[ConfigDict, Any, Params], Any]  # (config, pipeline, the adapter) -> a pipeline with it on
     save: Callable[[ConfigDict, Any, Params, pathlib.Path], None]  # (config, model, the adapter, the workdir)
 

@@ -23,7 +23,7 @@ from sd_jax.models.networks import Networks
 from sd_jax.models.presets import ModelSpec
 from sd_jax.training import full
 from sd_jax.training.adapting import method_of
-from sd_jax.training.context import Context
+from sd_jax.training.context import Context, Keys
 from sd_jax.training.method import Adapting
 from sd_jax.types import Params
 
@@ -55,7 +55,7 @@ def _init(config: ConfigDict, networks: Networks, key: Any, loaded: Params) -> P
     return jax.tree.map(lambda x: x.astype(jnp.float32), rows)  # small updates do not fit into half precision
 
 
-def _wear(context: Context, params: Params) -> tuple[Context, Params]:
+def _wear(context: Context, params: Params, keys: Keys | None) -> tuple[Context, Params]:
     return context, _with_rows(params, params["adapter"])
 
 
@@ -86,13 +86,18 @@ def check(config: ConfigDict, spec: ModelSpec) -> None:
     """Raises ValueError, naming key and mend."""
     full.check(config, spec)
     tokens = config.textual_inversion.tokens
-    if not tokens or any(len(row) != 3 or row[1] < 1 for row in tokens):
+    if not tokens or not all(map(_is_token, tokens)):
         raise ValueError(
             f"config.textual_inversion.tokens={tuple(tokens)}: give a (word, vectors, words that it starts as) triple "
             "for each, e.g. (('<sks>', 2, 'star'),)"
         )
     if config.data.cache_text:
         raise ValueError("config.data.cache_text keeps what words say, and these learn: set it to False")
+
+
+def _is_token(row: Any) -> bool:
+    word, count, like = row if len(row) == 3 else ("", 0, "")
+    return isinstance(count, int) and count > 0 and bool(word.strip() and like.strip())
 
 
 def _table(params: Params) -> Any:

@@ -172,14 +172,25 @@ def test_metadata_speaks_for_its_own_folder(config, photos):
 
 def test_two_captions_of_one_picture_are_an_error(config, photos):
     write_metadata(photos, {"file_name": "02.jpg", "text": "two"})
-    with pytest.raises(DataError, match=r"02\.jpg: has two captions, in metadata and in a \.txt file: remove one$"):
+    with pytest.raises(DataError, match=r"02\.jpg: has two captions, in the metadata and 02\.txt: remove one$"):
         opened(config, photos)
-    (photos / "02.txt").unlink()
+    (photos / "02.txt").rename(photos / "02.caption")
+    with pytest.raises(DataError, match=r"02\.jpg: has two captions, in the metadata and 02\.caption: remove one$"):
+        opened(config, photos)
+    (photos / "02.caption").unlink()
     write_metadata(photos, {"file_name": "02.jpg", "text": "two"}, {"file_name": "./02.jpg", "text": "a pair"})
     with pytest.raises(DataError, match=r"02\.jpg: has two captions, one in record 2 of .*metadata\.jsonl and one bef"):
         opened(config, photos)
     config.data.caption_key = ""  # which are not read
     assert len(opened(config, photos)) == 1
+
+
+def test_captions_may_be_kohyas_but_not_both(config, photos):
+    (photos / "02.txt").rename(photos / "02.caption")
+    assert opened(config, photos).fields(2) == (("picture 2",),)
+    (photos / "02.txt").write_text("two")
+    with pytest.raises(DataError, match=r"02\.jpg: has two captions, in 02\.txt and 02\.caption: remove one$"):
+        opened(config, photos)
 
 
 def test_a_text_speaks_where_the_metadata_says_nothing(config, photos):

@@ -222,3 +222,50 @@ def test_long_captions_are_counted_and_a_few_shown(words, caplog):
     assert tokenize(["red " * 16]).shape == (1, 20) and tokenize.num_long == 20
     assert len(caplog.records) == 5 and "dropped 'square squarely0' of 'red red" in caplog.text
     assert "squarely4" in caplog.text and "without being shown" in caplog.text
+
+
+# -- Words of several tokens -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_zorp(words):
+    """Knows a word of 5 tokens."""
+    return words.with_tokens({"zorp": 5})
+
+
+@pytest.mark.parametrize(
+    ("text", "syntax", "lengths"),
+    [
+        ("cat " * 70 + "zorp", "a1111", [75]),
+        ("cat " * 71 + "zorp", "a1111", [71, 5]),
+        ("cat " * 74 + "zorp cat", "a1111", [74, 6]),
+        ("cat " * 60 + ", " + "cat " * 12 + "zorp", "a1111", [73, 5]),  # it alone moves on, not what follows the comma
+        ("cat " * 72 + "zorp " * 16, "a1111", [72, 75, 5]),
+        ("cat " * 72 + "zorp " + "cat " * 71, "a1111", [72, 75, 1]),
+        ("cat " * 71 + "zorp", "comfy", [71, 5]),
+        ("cat " * 72 + "(red zorp blue:1.2) " + "cat " * 9, "comfy", [73, 15]),
+    ],
+)
+def test_a_word_of_several_tokens_is_not_cut_in_two(with_zorp, text, syntax, lengths):
+    got, ids, _ = chunked(with_zorp, text, syntax=syntax)
+    assert got == lengths
+    kept = [token for row, length in zip(ids, got, strict=True) for token in row[1 : length + 1]]
+    assert kept == [token for piece in parse(text, syntax) for token in with_zorp.token_ids(piece.text)]
+
+
+@pytest.mark.parametrize("syntax", ["a1111", "comfy"])
+def test_a_word_longer_than_a_chunk_is_cut(words, syntax):
+    knows = words.with_tokens({"zorp": 12})
+    assert sum(chunked(knows, "cat zorp", 9, syntax)[0]) == 13
+    assert chunked(knows, "zorp", 9, syntax)[0] == [7, 5]
+
+
+def test_captions_end_before_a_word_that_would_be_cut(with_zorp):
+    texts = ["cat " * 4 + "zorp", "cat " * 2 + "zorp", "zorp cat cat zorp"]
+    ids = CaptionTokenizer(with_zorp, 9)(texts)
+    cat, zorp = with_zorp.token_ids("cat"), with_zorp.token_ids("zorp")
+    rows = [cat * 4, cat * 2 + zorp, zorp + cat * 2]
+    for row, kept in zip(ids, rows, strict=True):
+        assert row[1 : len(kept) + 2].tolist() == [*kept, with_zorp.eos_token_id]
+    two = CaptionTokenizer(with_zorp, 9, 2)(texts[:1]).reshape(2, 9)
+    assert two[1, 1:7].tolist() == [*zorp, with_zorp.eos_token_id]

@@ -12,6 +12,13 @@ from sd_jax.prompts.tokenize import train_tokenizer
 from sd_jax.sampling.clip import Clip
 from sd_jax.sampling.pipeline import Pipeline
 
+# Compiles in half of the time
+ONE_LEVEL = dataclasses.replace(
+    TINY_SHAPES,
+    unet=dataclasses.replace(TINY_SHAPES.unet, block_out_channels=(16,), attention_blocks=(True,)),
+    vae=dataclasses.replace(TINY_SHAPES.vae, block_out_channels=(8, 8)),
+)
+
 
 def random_params(spec, seed=0):
     """Every parameter random: fresh networks end in zeros, which would hide what conditions them."""

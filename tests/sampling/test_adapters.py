@@ -7,12 +7,19 @@ import pytest
 
 from sd_jax.adapters import hypernetwork, lora
 from sd_jax.adapters.textual_inversion import Embedding
-from sd_jax.checkpoints import embeddings
+from sd_jax.checkpoints import CheckpointError, embeddings, hypernetworks
 from sd_jax.checkpoints.adapters import save_adapter
 from sd_jax.sampling import adapters
+from sd_jax.sampling.pipeline import Pipeline
 from tests.adapters.shapes import shapes_of
+from tests.sampling.conftest import ONE_LEVEL, random_params
 
 FEW = {"steps": 2, "width": 16, "height": 16, "guidance_scale": 2.0, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def pipe(tokenizer):
+    return Pipeline(ONE_LEVEL, random_params(ONE_LEVEL), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +162,38 @@ def test_what_is_refused(pipe, layers, tmp_path):
         pipe.with_adapter(layers, 1.0, text_strength=float("nan"))
     with pytest.raises(ValueError, match="is on: save what merge_adapters"):
         pipe.with_adapter(layers).save(tmp_path / "out")
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), [(0.0, float("nan"))]])
+def test_a_strength_is_a_number(pipe, layers, strength):
+    with pytest.raises(ValueError, match="^strength=.*: give a number, or"):
+        pipe.with_adapter(layers, strength, text_strength=1.0)
+
+
+def test_a_hypernetwork_of_another_family(pipe, tmp_path):
+    other = hypernetwork.init(jax.random.key(0), [16, 768])
+    hypernetworks.save(tmp_path / "other.pt", jax.device_get(other))
+    with pytest.raises(CheckpointError, match=r"other\.pt: a hypernetwork for states that are 768 wide, .* 16, 32: "):
+        pipe.with_adapter(tmp_path / "other.pt")
+
+
+def test_a_folder_of_embeddings_holds_nothing_else(pipe, layers, tmp_path):
+    with pytest.raises(CheckpointError, match="no adapter and no embeddings in it"):
+        pipe.with_adapter(tmp_path)
+    rows = np.ones((1, pipe.spec.text_encoder.hidden_size), np.float32)
+    embeddings.save(tmp_path / "zorp.safetensors", Embedding("zorp", {"text_encoder": rows}))
+    (tmp_path / "notes.txt").write_text("of no concern")
+    assert pipe.with_adapter(tmp_path).tokenizer.token_ids("zorp") == [pipe.tokenizer.vocab_size]
+    save_adapter(tmp_path / "style.safetensors", layers, pipe.spec)
+    with pytest.raises(CheckpointError, match=r"style\.safetensors: no embedding .* remove this file from it$"):
+        pipe.with_adapter(tmp_path)
+    (tmp_path / "style.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match=r"style\.safetensors: .* remove this file from it$"):
+        pipe.with_adapter(tmp_path)
+
+
+def test_an_embedding_of_another_width(pipe, tmp_path):
+    rows = np.ones((1, 768), np.float32)
+    embeddings.save(tmp_path / "zorp.safetensors", Embedding("zorp", {"text_encoder": rows}))
+    with pytest.raises(ValueError, match=r"'zorp' is for SD 1 \(text_encoder 768 wide\), but this model is .* 32 wide"):
+        pipe.with_adapter(tmp_path / "zorp.safetensors")

@@ -22,7 +22,7 @@ def one_device(tmp_path_factory):
     [
         (4, ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.grad_accumulation=2")),
         (8, ("--config.parallelism=pmap",)),
-        pytest.param(8, ("--config.mesh.data=8",), marks=pytest.mark.slow),  # four-way: see test_processes
+        pytest.param(8, ("--config.mesh.data=8",), marks=pytest.mark.slow),
         pytest.param(1, ("--config.grad_accumulation=4",), marks=pytest.mark.slow),
     ],
     ids=["data=2,fsdp=2,accumulated", "pmap", "data=8", "accumulated"],

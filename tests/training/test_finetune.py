@@ -57,15 +57,15 @@ def test_fine_tune_resume_sample_and_save(checkpoint, pictures, tmp_path):
         "--config.data.held_out=4",
         "--config.batch_size=4",
         "--config.optimizer.learning_rate=1e-3",
-        "--config.eval_steps=20",
+        "--config.eval_steps=10",
     ]
-    doors.run("train.py", *flags, "--config.total_steps=60")
-    doors.run("train.py", *flags, "--config.total_steps=100")
+    doors.run("train.py", *flags, "--config.total_steps=20")
+    doors.run("train.py", *flags, "--config.total_steps=40")
 
     from sd_jax.training.metrics import read_rows
 
     rows = read_rows(tmp_path / "run")
-    assert [row["step"] for row in rows] == list(range(1, 101))
+    assert [row["step"] for row in rows] == list(range(1, 41))
     held_out = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
     assert held_out[-1] < held_out[0]
     log = (tmp_path / "run" / "log.txt").read_text()

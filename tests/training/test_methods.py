@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,13 +14,14 @@ from sd_jax import sharding
 from sd_jax.config import training_defaults
 from sd_jax.diffusion import noise
 from sd_jax.diffusion.training_noise import with_pyramid
+from sd_jax.models.attention import Attention
 from sd_jax.models.networks import Networks
 from sd_jax.models.vae import Posterior
 from sd_jax.training.context import PYRAMID, Context, EmptyPrompt
 from sd_jax.training.methods import METHODS, method_of
 from sd_jax.training.state import create
 from sd_jax.training.step import train_step
-from sd_jax.types import NoiseScheduleConfig
+from sd_jax.types import Conditioning, NoiseScheduleConfig
 from tests.training import restated, tiny_xl
 from tests.training.tiny_xl import random_params
 
@@ -183,6 +185,75 @@ def test_a_part_of_the_batch_draws_what_the_whole_does():
     halves = [float(loss_of(context, part)) for part in parts]
     np.testing.assert_allclose(np.mean(halves), loss_of(context, batch), rtol=1e-6)
     assert halves[0] != halves[1]
+
+
+# --- what a mask leaves out ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def masked():
+    """(context, a batch of which the left half counts: latents of 6x10, and masks of twice as many pixels)"""
+    batch = restated.batch_of()
+    batch["mask"] = np.zeros((8, 12, 20), np.uint8)
+    batch["mask"][:, :, :10] = 255
+    return restated.context_of(masked_loss=True), batch
+
+
+def test_what_a_mask_leaves_out_has_no_weight(masked):
+    context, batch = masked
+    before = float(loss_of(context, batch))
+    left, right = (batch["moments"].copy() for _ in range(2))
+    left[:, :, :5] += 1.0
+    right[:, :, 5:] += 1.0
+    assert float(loss_of(context, {**batch, "moments": right})) == before
+    assert abs(float(loss_of(context, {**batch, "moments": left})) - before) > 0.01
+
+
+def test_masks_weigh_errors_by_the_share_that_they_leave(masked):
+    context, batch = masked
+    whole = {**batch, "mask": np.full_like(batch["mask"], 255)}
+    plain = float(loss_of(restated.context_of(), restated.batch_of()))
+    assert float(loss_of(context, whole)) == pytest.approx(plain, rel=1e-6)
+    other = {**batch, "mask": 255 - batch["mask"]}
+    assert float(loss_of(context, batch)) + float(loss_of(context, other)) == pytest.approx(plain, rel=1e-6)
+    checked = np.zeros_like(batch["mask"])
+    checked[:, ::2, ::2] = 255  # one pixel of four, which are one latent
+    assert float(loss_of(context, {**batch, "mask": checked})) == pytest.approx(plain / 4, rel=1e-6)
+
+
+# --- what hypernetworks drop -----------------------------------------------------------------------------------------
+
+
+class OneAttention(nn.Module):
+    """A "U-Net" of one attention, which reads the text."""
+
+    @nn.compact
+    def __call__(self, x, timesteps, told):
+        return Attention(2, name="attn2")(x.reshape(len(x), -1, x.shape[-1]), told.context).reshape(x.shape)
+
+
+def hypernetwork_losses(dropout, seed=0, rows=slice(None)):
+    """(the loss, the held-out loss) with a hypernetwork on."""
+    config = training_defaults("hypernetwork")
+    config.batch_size, config.data.cache_text = 8, True
+    config.hypernetwork.update(widths=(48,), weight_init="xavier_normal", dropout=dropout)
+    context, unet = restated.context_of()._replace(config=config), OneAttention()
+    context, method = context._replace(networks=context.networks._replace(unet=unet)), METHODS["hypernetwork"]
+    batch = {name: jnp.asarray(value[rows]) for name, value in restated.batch_of().items()}
+    told = Conditioning(batch["context"])
+    params = {"unet": unet.init(jax.random.key(0), batch["moments"][..., :4], None, told)["params"]}
+    params["adapter"] = method.adapting.init(config, context.networks, jax.random.key(1), params)
+    keys = noise.example_keys(jax.random.key(seed), 3, batch["slot"])
+    return float(method.loss(context, params, batch, keys)[0]), method.held_out(context, params, batch, keys)["loss"][0]
+
+
+def test_hypernetworks_drop_in_training_alone():
+    (plain, held), (dropped, held_with) = hypernetwork_losses(()), hypernetwork_losses((0, 0.5, 0))
+    assert abs(dropped - plain) > 1e-5 and held == held_with
+    # Another seed draws other noise, too, which is not all that differs
+    assert abs((hypernetwork_losses((0, 0.5, 0), 1)[0] - hypernetwork_losses((), 1)[0]) - (dropped - plain)) > 1e-6
+    halves = [hypernetwork_losses((0, 0.5, 0), rows=slice(i, None, 2))[0] for i in range(2)]
+    assert np.mean(halves) == pytest.approx(dropped, rel=1e-6)  # devices and micro-batches see parts
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------

@@ -56,11 +56,12 @@ def test_data_and_fsdp_give_the_losses_of_one_process(alone, together):
     assert held_out[0][6] == pytest.approx(held_out[1][6], abs=1e-5)
 
 
+@pytest.mark.slow  # `together` is divided by data, too
 def test_four_way_data_gives_the_losses_of_one_process(alone, tmp_path):
     assert differences(doors.losses(alone), run(tmp_path, 2, 2, "--config.mesh.data=4")) < 1e-5
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_what_two_processes_saved_one_goes_on_from(alone, together, tmp_path, devices):
     shutil.copytree(together, tmp_path / "run")
     for step in (8, 12):  # as if it had ended at step 4
