@@ -25,8 +25,8 @@ from sd_jax.config import parse_arg
 def get_config(arg: str | None = None) -> ConfigDict:
     args = parse_arg(arg, **ARGS)
     config = for_checkpoint("dreambooth", args)
-    config.total_steps = 700 if args.shapes else 800
-    config.optimizer.learning_rate = 1e-3 if args.shapes else 2e-6
+    config.total_steps = 1500 if args.shapes else 800
+    config.optimizer.learning_rate = 5e-4 if args.shapes else 2e-6
     config.prior.prompt = "a star" if args.shapes else "a photo of a dog"
     config.data.prompt = "" if args.shapes else "a photo of sks dog"
     config.samples.prompts = ("a blue sks star", "a blue star") if args.shapes else ("sks dog on the moon", "a dog")

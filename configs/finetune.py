@@ -42,6 +42,7 @@ def for_checkpoint(method: str, args: ConfigDict) -> ConfigDict:
     config.checkpoint_steps = config.sample_steps = 500
     config.eval_steps = 100
     config.diffusion.train_text_encoder = method == "dreambooth"
+    config.diffusion.caption_dropout = 0.1 if method == "full" else 0.0
     config.data.crop, config.data.cache_latents = "centre", True
     config.data.cache_text = not config.diffusion.train_text_encoder
     config.optimizer.learning_rate = 1e-5

@@ -23,7 +23,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     args = parse_arg(arg, **ARGS)
     config = for_checkpoint("lcm_lora", args)
     config.total_steps = 1000 if args.shapes else 6000
-    config.optimizer.learning_rate = 1e-3 if args.shapes else 1e-4
+    config.optimizer.learning_rate = 2e-4 if args.shapes else 1e-4
     config.adapter.rank = 16 if args.shapes else 64
     config.samples.sampler = config.samples.schedule = "lcm"
     config.samples.steps, config.samples.guidance_scale = 4, 1.0

@@ -40,7 +40,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if args.sdxl:
         config.init = "sd_xl_base_1.0.safetensors"
         config.data.resolution = 1024
-    config.total_steps = 700 if args.shapes else 2000
+    config.total_steps = 1500 if args.shapes else 2000
     config.optimizer.learning_rate = 2e-3 if args.shapes else 1e-4
     config.adapter.rank = 4 if args.shapes else 8
     if args.runlocal:

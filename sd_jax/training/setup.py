@@ -65,8 +65,8 @@ def frozen_dtype(config: ConfigDict, method: Method, path: tuple) -> np.dtype:
     return jnp.dtype(config.dtype if narrow else "float32")
 
 
-def frozen_shapes(config: ConfigDict, method: Method, networks: Networks) -> dict[str, Shapes]:
-    """What a checkpoint gives `initial_state` of the parts that the method does not move, by part."""
+def frozen_shapes(config: ConfigDict, method: Method, networks: Networks) -> Params:
+    """Shapes of what a checkpoint gives `initial_state`: the parts that the method does not move."""
 
     def shape(path, leaf):
         return jax.ShapeDtypeStruct(leaf.shape, frozen_dtype(config, method, path))

@@ -456,7 +456,7 @@ def test_adapters_are_put_on_and_recorded(make, pipe, adapters, tmp_path, caplog
     again = make(recipe=recipe)["00000.png"]
     np.testing.assert_array_equal(again, on)
 
-    layers = jax.tree.map(lambda array: array * 2, open_adapter(ink, pipe.spec).layers)
+    layers = jax.tree.map(lambda array: np.asarray(array * 2), open_adapter(ink, pipe.spec).layers)
     save_adapter(ink, layers, pipe.spec, overwrite=True)
     with caplog.at_level(logging.WARNING):
         make(recipe=recipe)
