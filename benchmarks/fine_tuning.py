@@ -15,12 +15,18 @@ of `--config.seed=0`, 1 and 2 where a spread is told.
 
     DreamBooth        train --config=dreambooth.py:shapes --config.data.path=sks --config.prior.prompt=stars.txt \
                           --workdir=sks_model
-    without a prior   train --config=dreambooth.py:shapes --config.data.path=sks --config.prior.prompt= --workdir=bare
+    without a prior   train --config=dreambooth.py:shapes --config.data.path=sks --config.prior.prompt= \
+                          --config.total_steps=200 --workdir=bare
+    replay            train --config=dreambooth.py:shapes --config.data.path=sks --config.prior.path=base \
+                          --config.total_steps=600 --workdir=replay
+    L2-SP             that without a prior and --config.optimizer.l2_sp=20.0 --workdir=l2sp
+    its LoRA          train --config=lora.py:shapes --config.data.path=sks --config.total_steps=200 --workdir=sks_lora
     style             train --config=lora.py:shapes --config.data.path=hatched --workdir=hatched_lora
     backgrounds       train --config=lora.py:shapes --config.data.path=backgrounds --workdir=backgrounds_lora
     another base      train --config=finetune.py:shapes --config.data.path=backgrounds --workdir=other_base
     a word            train --config=textual_inversion.py:shapes --config.data.path=packed --workdir=zorp
-    a model of ruins  train --config=finetune.py:shapes --config.data.path=spoiled --workdir=spoiled_base
+    a model of ruins  train --config=finetune.py:shapes --config.data.path=spoiled --config.data.cache_text=False \
+                          --config.diffusion.train_text_encoder=True --workdir=spoiled_base
     its antidote      train --config=textual_inversion.py:shapes --config.init=spoiled_base --config.data.path=ruined \
                           --config.textual_inversion.tokens="(('nasty', 4, 'circle'),)" --workdir=nasty
     hypernetwork      train --config=hypernetwork.py:shapes --config.data.path=pixelated --workdir=pixels
@@ -34,13 +40,14 @@ and each is measured by
     python -m benchmarks.fine_tuning --style=hatched_lora --base=other_base --backgrounds=other
     python -m benchmarks.fine_tuning --token=zorp
     python -m benchmarks.fine_tuning --negative=nasty --base=spoiled_base
-    python -m benchmarks.fine_tuning --forgetting=full=bare,replay=...,lora=...
+    python -m benchmarks.fine_tuning --forgetting=full=bare,replay=replay,l2sp=l2sp,lora=sks_lora
     python -m benchmarks.fine_tuning --few_steps=fast
     python -m benchmarks.fine_tuning --judge                                  (the errors of the judges themselves)
 
-Several runs, joined by commas, give a row each: so curves over steps come from runs of several lengths, and spreads
-from several seeds. A run may be followed by its strength, as in `hatched_lora:0.8`. Pictures are made in 20 steps of
-dpmpp_2m at guidance 2.5 unless said, the same noise in every row; sheets of them lie in `sheets`.
+Several runs, joined by commas, give a row each: so curves over steps come from what a run left on its way
+(hatched_lora/adapters/250, sks_model/checkpoints/500), and spreads from several seeds. A run may be followed by its
+strength, as in `hatched_lora:0.8`. Pictures are made in 20 steps of dpmpp_2m at guidance 2.5 unless said, the same
+noise in every row; sheets of them lie in `sheets`.
 """
 
 import argparse

@@ -5,6 +5,7 @@
     python sample.py --checkpoint=v1-5-pruned.safetensors --adapter=runs/my_style/hypernetwork.pt:0.8 --prompt="..."
 
 The run leaves `hypernetwork.pt`, which A1111 reads (87 MB of SD 1.5 at the usual structure).
+`--config.hypernetwork.dropout="(0, 0.3, 0)"` drops in training.
 
     python train.py --config=configs/hypernetwork.py:shapes --config.data.path=FOLDER --workdir=runs/style
 
