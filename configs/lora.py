@@ -49,8 +49,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.total_steps = 1500 if args.shapes else 2000
     config.optimizer.learning_rate = 2e-3 if args.shapes else 1e-4
     config.adapter.rank = 4 if args.shapes else 8
-    if not (args.shapes or args.runlocal):
-        config.grad_accumulation = 4  # a picture at a time
     if args.runlocal:
         make_small(config)
     return config
