@@ -169,16 +169,16 @@ def test_sheets_show_captions(judged):
 def test_what_was_forgotten_is_told_of_every_figure(order, judged, tmp_path):
     model = order.checkpoint
     spec = open_checkpoint(model).spec
-    targets = lora.targets_of(keys_peft.shapes_of(spec), (r"unet/.*to_q",), 2, 2.0, False)
+    targets = lora.targets_of(keys_peft.shapes_of(spec), (r"unet/.*(to_v|to_out_0|proj_out)$",), 2, 2.0, False)
     layers = lora.init(jax.random.key(0), targets, "lora", False, -1, {})
     layers = jax.tree.map(lambda leaf: np.random.default_rng(0).normal(size=leaf.shape).astype(np.float32), layers)
     save_adapter(tmp_path / "lora.safetensors", layers, spec, "kohya", {}, "float32")
     changes = {"metrics": ("clip_score",), "guidance_scales": (), "base": model}
-    changes |= {"adapter": (f"{tmp_path}/lora.safetensors:0.5",)}
+    changes |= {"adapter": (f"{tmp_path}/lora.safetensors:3",)}
     report, _, sheets = judging.judge(dataclasses.replace(order, **changes))
     told, before = report["forgetting"]["clip_score"], judged[0]["figures"]["clip_score"]
     assert told["before"] == pytest.approx(before, abs=1e-6) and report["figures"]["clip_score"] == told["after"]
     assert told["change"] == told["after"] - told["before"] and abs(told["change"]) > 1e-4
     np.testing.assert_array_equal(sheets["before-captions.png"], judged[2]["captions.png"])
-    assert report["model"]["adapters"] == [f"{tmp_path}/lora.safetensors:0.5"]
+    assert report["model"]["adapters"] == [f"{tmp_path}/lora.safetensors:3"]
     assert report["base"]["sha256"] == hash_of_weights(model)
