@@ -4,7 +4,6 @@ METRICS is the table of what may be asked for. Pictures are drawn once for all f
 what networks say of them is kept. Picture n has the seed `seed + n`, whatever the batches, devices and processes.
 """
 
-import dataclasses
 import functools
 import operator
 import pathlib
@@ -38,7 +37,7 @@ Figures = dict[str, float]
 class Judgement:
     """A model, the judges, and what is shared between figures. `sheets` {file name: picture} fills as they are made."""
 
-    def __init__(self, order: Order):
+    def __init__(self, order: Order, of_base: bool = False):  # of_base: it is order.base that is judged, as it is
         for name in order.metrics:
             if name not in METRICS:
                 raise ValueError(f"--metrics={name}: there are {', '.join(METRICS)}")
@@ -49,10 +48,11 @@ class Judgement:
         self.order = order
         if order.base:
             open_checkpoint(order.base)
-        self.pipe = load(order.checkpoint, dtype=order.dtype, weights=order.weights)
-        if order.embeddings:
+        self.source, weights = (order.base, "ema") if of_base else (order.checkpoint, order.weights)
+        self.pipe = load(self.source, dtype=order.dtype, weights=weights)
+        if order.embeddings and not of_base:
             self.pipe = self.pipe.with_adapter(order.embeddings)
-        for worn in adapters_of(order.adapter):
+        for worn in adapters_of(() if of_base else order.adapter):
             self.pipe = self.pipe.with_adapter(worn["path"], worn["strength"], worn["text_strength"])
         factor = self.pipe.spec.vae.downscale
         self.size = tuple(factor * side for side in latent_size(self.pipe.spec, Recipe()))
@@ -262,9 +262,8 @@ def judge(order: Order) -> tuple[dict[str, Any], list[Figures], dict[str, np.nda
     """
     report, sweep, sheets = _judge(order)
     if order.base:
-        # After the first model is let go of
-        changes = {"checkpoint": order.base, "adapter": (), "embeddings": "", "base": "", "guidance_scales": ()}
-        before, _, sheets_before = _judge(dataclasses.replace(order, **changes))
+        # After the first model is let go of; against the same data, which is the first one's where none is named
+        before, _, sheets_before = _judge(order, of_base=True)
         after = report["figures"]
         report["base"] = before["model"]
         report["forgetting"] = {
@@ -275,8 +274,8 @@ def judge(order: Order) -> tuple[dict[str, Any], list[Figures], dict[str, np.nda
     return report, sweep, sheets
 
 
-def _judge(order: Order) -> tuple[dict[str, Any], list[Figures], dict[str, np.ndarray]]:
-    judgement = Judgement(order)
+def _judge(order: Order, of_base: bool = False) -> tuple[dict[str, Any], list[Figures], dict[str, np.ndarray]]:
+    judgement = Judgement(order, of_base)
     judgement.prepare()
     figures, judges = {}, {}
     for name in order.metrics:
@@ -284,12 +283,12 @@ def _judge(order: Order) -> tuple[dict[str, Any], list[Figures], dict[str, np.nd
         figures |= found
         judges |= {figure: METRICS[name].judge(judgement, figure) for figure in found}
     sweep = []
-    for scale in order.guidance_scales:
+    for scale in () if of_base else order.guidance_scales:
         guided = [judgement.figures(name, scale) for name in order.metrics if METRICS[name].guided]
         sweep.append(functools.reduce(operator.or_, guided, {"guidance_scale": scale}))
-    source = order.checkpoint or str(BUNDLED)
+    source = judgement.source or str(BUNDLED)
     report: dict[str, Any] = {"model": {"checkpoint": source, "sha256": hash_of_weights(source)}}
-    if order.adapter or order.embeddings:
+    if (order.adapter or order.embeddings) and not of_base:
         report["model"] |= {"adapters": list(order.adapter), "embeddings": order.embeddings}
     if judgement.accuracy:
         report["accuracy"] = judgement.accuracy

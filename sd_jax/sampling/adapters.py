@@ -141,7 +141,7 @@ def open_any(path: str | pathlib.Path, pipe: "Pipeline") -> Layers | Hypernetwor
     if (path / HYPERNETWORK).is_file():
         return hypernetworks.load(path / HYPERNETWORK)
     if path.is_dir():
-        return _open_words(path) if not _holds_adapter(path) else open_adapter(path, pipe.spec).layers
+        return open_adapter(path, pipe.spec).layers if _holds_adapter(path) else _open_words(path)
     tensors = files.open_any(path).tensors
     if hypernetworks.is_hypernetwork(tensors):
         return hypernetworks.load(path)

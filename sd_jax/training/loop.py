@@ -186,9 +186,9 @@ def _train(config, workdir, dry_run, started, profile, only_caches, journal, sta
             if method.adapting is not None:
                 adapter = _on_host(whole.ema_model["adapter"])
                 if distributed.is_first():
-                    # Those of before the end as well, for the best of them may lie there
-                    before_end = at < config.total_steps
-                    for folder in (workdir, *(workdir / "adapters" / str(at),) * before_end):
+                    method.adapting.save(config, model, adapter, workdir)
+                    if at < config.total_steps:  # kept, for the best may lie before the end
+                        folder = workdir / "adapters" / str(at)
                         folder.mkdir(parents=True, exist_ok=True)
                         method.adapting.save(config, model, adapter, folder)
         throughput.saved(at)

@@ -182,3 +182,12 @@ def test_what_was_forgotten_is_told_of_every_figure(order, judged, tmp_path):
     np.testing.assert_array_equal(sheets["before-captions.png"], judged[2]["captions.png"])
     assert report["model"]["adapters"] == [f"{tmp_path}/lora.safetensors:3"]
     assert report["base"]["sha256"] == hash_of_weights(model)
+
+
+def test_before_and_after_are_held_against_the_same_data(order, monkeypatch):
+    asked, data_config = [], judging.data_config
+    monkeypatch.setattr(judging, "data_config", lambda *args: asked.append(args[0]) or data_config(*args))
+    both = dataclasses.replace(order, checkpoint="runs/tuned", base=order.checkpoint, weights="ema:0.5")
+    judgement = judging.Judgement(both, of_base=True)
+    assert judgement.real.captions() and asked == ["runs/tuned"]
+    assert judgement.source == order.checkpoint
