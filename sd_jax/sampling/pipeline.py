@@ -27,6 +27,7 @@ from sd_jax.prompts.tokenize import Tokenizer, load_tokenizer
 from sd_jax.sampling import adapters, hires_fix, image_to_image, inpaint, text_to_image, upscale
 from sd_jax.sampling.clip import Clip
 from sd_jax.sampling.conditioning import refuse_untold, time_ids
+from sd_jax.sampling.control import Hint
 from sd_jax.sampling.denoising import Given, Start, check_finite, count_walked
 from sd_jax.sampling.tiles import choose_tile, decode_tiled, encode_tiled, free_memory
 from sd_jax.types import AnyArray, Conditioning, Image, Latents, Params, Pixels, Recipe, TokenIds
@@ -240,6 +241,7 @@ class Pipeline:
     #     noise                  the same by another name; or, with one axis more in front, recorded draws for a
     #                            stochastic sampler, [draws, batch, h, w, c], see `samplers.count_draws`
     #     conditioning           in place of prompts; negative_conditioning likewise
+    #     control                hints of ControlNets and T2I-Adapters, `sd_jax.load_control(path).hint(image)`
     #     output                 "images": uint8 [batch, height, width, 3]; "latents": scaled, float32
     #     callback               called on the host after each step: (step, x before it, denoised). Compiles nothing
     # and all but upscale
@@ -256,6 +258,7 @@ class Pipeline:
         noise: AnyArray | None = None,
         conditioning: Conditioning | None = None,
         negative_conditioning: Conditioning | None = None,
+        control: Hint | Sequence[Hint] = (),
         output: str = "images",
         callback: Callable | None = None,
         refiner: "Pipeline | None" = None,  # another model of the same latents, which walks the last steps
@@ -264,7 +267,7 @@ class Pipeline:
     ) -> np.ndarray:
         """Pictures of a prompt."""
         made = self._recipe("text_to_image", output, recipe, refiner, clip)
-        given = _given(latents, noise, conditioning, negative_conditioning)
+        given = _given(latents, noise, conditioning, negative_conditioning, control)
         return text_to_image.text_to_image(self, prompt, made, given, output, callback, refiner, clip)
 
     def image_to_image(
@@ -277,6 +280,7 @@ class Pipeline:
         noise: AnyArray | None = None,
         conditioning: Conditioning | None = None,
         negative_conditioning: Conditioning | None = None,
+        control: Hint | Sequence[Hint] = (),
         output: str = "images",
         callback: Callable | None = None,
         clip: Clip | None = None,
@@ -287,7 +291,7 @@ class Pipeline:
         Raises media.BadImage for a file that is no picture.
         """
         made = self._recipe("image_to_image", output, recipe, clip=clip)
-        given = _given(latents, noise, conditioning, negative_conditioning)
+        given = _given(latents, noise, conditioning, negative_conditioning, control)
         return image_to_image.image_to_image(self, prompt, made, image, depth, given, output, callback, clip)
 
     def inpaint(
@@ -300,6 +304,7 @@ class Pipeline:
         noise: AnyArray | None = None,
         conditioning: Conditioning | None = None,
         negative_conditioning: Conditioning | None = None,
+        control: Hint | Sequence[Hint] = (),
         output: str = "images",
         callback: Callable | None = None,
         clip: Clip | None = None,
@@ -310,7 +315,7 @@ class Pipeline:
         Raises ValueError for a mask of another size than the image's, media.BadImage for a file that is no picture.
         """
         made = self._recipe("inpaint", output, recipe, clip=clip)
-        given = _given(latents, noise, conditioning, negative_conditioning)
+        given = _given(latents, noise, conditioning, negative_conditioning, control)
         return inpaint.inpaint(self, prompt, made, image, mask, given, output, callback, clip)
 
     def hires_fix(
@@ -321,6 +326,7 @@ class Pipeline:
         noise: AnyArray | None = None,
         conditioning: Conditioning | None = None,
         negative_conditioning: Conditioning | None = None,
+        control: Hint | Sequence[Hint] = (),
         output: str = "images",
         callback: Callable | None = None,
         clip: Clip | None = None,
@@ -328,7 +334,7 @@ class Pipeline:
     ) -> np.ndarray:
         """Pictures `scale` times as large as width and height: made, enlarged, and denoised a part of the way again."""
         made = self._recipe("hires_fix", output, recipe, clip=clip)
-        given = _given(latents, noise, conditioning, negative_conditioning)
+        given = _given(latents, noise, conditioning, negative_conditioning, control)
         return hires_fix.hires_fix(self, prompt, made, given, output, callback, clip)
 
     def upscale(
@@ -341,6 +347,7 @@ class Pipeline:
         noise: AnyArray | None = None,
         conditioning: Conditioning | None = None,
         negative_conditioning: Conditioning | None = None,
+        control: Hint | Sequence[Hint] = (),
         output: str = "images",
         callback: Callable | None = None,
         **recipe,  # of them: noise_level
@@ -353,7 +360,7 @@ class Pipeline:
         Raises ValueError for a model that is no upscaler, media.BadImage for a file that is no picture.
         """
         made = self._recipe("upscale", output, recipe)
-        given = _given(latents, noise, conditioning, negative_conditioning)
+        given = _given(latents, noise, conditioning, negative_conditioning, control)
         return upscale.upscale(self, prompt, made, image, image_noise, given, output, callback)
 
     def make(
@@ -366,6 +373,7 @@ class Pipeline:
         depth: Any = None,
         refiner: "Pipeline | None" = None,
         clip: Clip | None = None,
+        control: Hint | Sequence[Hint] = (),
     ) -> np.ndarray:
         """The pictures of a recipe, by the job that it and what is given with it mean (`job_of`).
 
@@ -375,7 +383,7 @@ class Pipeline:
         inputs = {"image": image, "mask": mask, "depth": depth, "refiner": refiner, "clip": clip}
         inputs = {name: value for name, value in inputs.items() if value is not None}
         fields = _fields(recipe) | ({} if prompts is None else {"prompt": prompts})
-        return getattr(self, job)(callback=callback, **inputs, **fields)
+        return getattr(self, job)(callback=callback, control=control, **inputs, **fields)
 
     def steps_of(
         self,
@@ -487,7 +495,7 @@ def _fields(recipe: Recipe) -> dict[str, Any]:
     return {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
 
 
-def _given(latents, noise, conditioning, negative_conditioning) -> Given:
+def _given(latents, noise, conditioning, negative_conditioning, control) -> Given:
     draws = None
     if noise is not None and np.ndim(noise) == 5:
         draws = noise
@@ -495,7 +503,10 @@ def _given(latents, noise, conditioning, negative_conditioning) -> Given:
         if latents is not None:
             raise ValueError("latents and noise are both the starting noise: give one of them")
         latents = noise
-    return Given(latents, draws, conditioning, negative_conditioning)
+    hints = (control,) if isinstance(control, Hint) else tuple(control)
+    if not all(isinstance(each, Hint) for each in hints):
+        raise ValueError("control= takes what `sd_jax.load_control(path).hint(image)` makes, one or several")
+    return Given(latents, draws, conditioning, negative_conditioning, hints)
 
 
 def _on_device(tree: Params, dtype: str, where: str | pathlib.Path) -> Params:
