@@ -63,6 +63,8 @@ def open_control(
     path = Path(path)
     if (path / FOLDER / "config.json").is_file():
         path = path / FOLDER
+    elif (path / f"{FOLDER}.safetensors").is_file():
+        path = path / f"{FOLDER}.safetensors"
     if path.is_dir():
         return _open_folder(path)
     contents = open_any(path)
