@@ -21,7 +21,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from sd_jax.data.shapes import COLOURS, INVERSE_RELATIONS, RADII, RADII_OF_TWO, SHAPES, Scene, Thing
@@ -214,13 +214,18 @@ def _relation(first: Thing, second: Thing) -> str:
     return "above" if down < 0 else "below"
 
 
-def _read_chunk(pictures: np.ndarray) -> list[Scene]:
-    number, side = pictures.shape[:2]
+def _chroma(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(chroma, which colour it is nearest in hue, a first alpha) of every pixel."""
     chroma = pictures @ _PLANE
-    chroma -= np.median(chroma.reshape(number, side * side, 2), axis=1)[:, None, None]  # a colour cast is no colour
+    chroma -= np.median(chroma.reshape(len(chroma), -1, 2), axis=1)[:, None, None]  # a colour cast is no colour
     along = chroma @ (_CHROMA / _CHROMA_LENGTH[:, None]).T  # [pictures, side, side, colours]
     hue = along.argmax(-1)
-    alpha = np.take_along_axis(along, hue[..., None], -1)[..., 0] / _CHROMA_LENGTH[hue]
+    return chroma, hue, np.take_along_axis(along, hue[..., None], -1)[..., 0] / _CHROMA_LENGTH[hue]
+
+
+def _read_chunk(pictures: np.ndarray) -> list[Scene]:
+    number, side = pictures.shape[:2]
+    chroma, hue, alpha = _chroma(pictures)
     found = _find_things(alpha, hue)
 
     # Squared distance to every background over the pixels that no thing touches.
@@ -267,6 +272,11 @@ def read_scenes(pixels: UInt8[np.ndarray, "pictures side side 3"]) -> list[Scene
         for start in range(0, len(pixels), CHUNK)
         for scene in _read_chunk(_square_pictures(pixels[start : start + CHUNK]))
     ]
+
+
+def read_masks(pixels: UInt8[np.ndarray, "pictures side side 3"]) -> Bool[np.ndarray, "pictures side side"]:
+    """Where things are, more than half opaque; at most MAX_RESOLUTION pixels a side."""
+    return _chroma(_square_pictures(pixels))[2] > 0.5
 
 
 def read_scene(pixels: UInt8[np.ndarray, "side side 3"]) -> Scene:
