@@ -258,7 +258,7 @@ class Pipeline:
         noise: AnyArray | None = None,
         conditioning: Conditioning | None = None,
         negative_conditioning: Conditioning | None = None,
-        control: Hint | Sequence[Hint] = (),
+        control: Any = (),  # hints, one or several
         output: str = "images",
         callback: Callable | None = None,
         refiner: "Pipeline | None" = None,  # another model of the same latents, which walks the last steps
@@ -280,7 +280,7 @@ class Pipeline:
         noise: AnyArray | None = None,
         conditioning: Conditioning | None = None,
         negative_conditioning: Conditioning | None = None,
-        control: Hint | Sequence[Hint] = (),
+        control: Any = (),  # hints, one or several
         output: str = "images",
         callback: Callable | None = None,
         clip: Clip | None = None,
@@ -304,7 +304,7 @@ class Pipeline:
         noise: AnyArray | None = None,
         conditioning: Conditioning | None = None,
         negative_conditioning: Conditioning | None = None,
-        control: Hint | Sequence[Hint] = (),
+        control: Any = (),  # hints, one or several
         output: str = "images",
         callback: Callable | None = None,
         clip: Clip | None = None,
@@ -326,7 +326,7 @@ class Pipeline:
         noise: AnyArray | None = None,
         conditioning: Conditioning | None = None,
         negative_conditioning: Conditioning | None = None,
-        control: Hint | Sequence[Hint] = (),
+        control: Any = (),  # hints, one or several
         output: str = "images",
         callback: Callable | None = None,
         clip: Clip | None = None,
@@ -347,7 +347,7 @@ class Pipeline:
         noise: AnyArray | None = None,
         conditioning: Conditioning | None = None,
         negative_conditioning: Conditioning | None = None,
-        control: Hint | Sequence[Hint] = (),
+        control: Any = (),  # hints, one or several
         output: str = "images",
         callback: Callable | None = None,
         **recipe,  # of them: noise_level
@@ -373,7 +373,7 @@ class Pipeline:
         depth: Any = None,
         refiner: "Pipeline | None" = None,
         clip: Clip | None = None,
-        control: Hint | Sequence[Hint] = (),
+        control: Any = (),  # hints, one or several
     ) -> np.ndarray:
         """The pictures of a recipe, by the job that it and what is given with it mean (`job_of`).
 

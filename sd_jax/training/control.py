@@ -23,7 +23,7 @@ from sd_jax.adapters.controlnet import EMBEDDING, ControlNet, ControlNetConfig, 
 from sd_jax.adapters.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from sd_jax.checkpoints import control as files
 from sd_jax.models.networks import Networks
-from sd_jax.models.presets import ModelSpec
+from sd_jax.models.presets import ModelSpec, UNetConfig
 from sd_jax.sampling.control import ControlModel
 from sd_jax.training import full
 from sd_jax.training.adapting import as_it_is, method_of
@@ -42,6 +42,7 @@ def config_of(config: ConfigDict, spec: ModelSpec) -> files.Config:
             raise ValueError(f"config.method='controlnet': latents {spec.vae.downscale} times smaller than pictures")
         channels = spec.vae.latent_channels
         unet = dataclasses.replace(unet, in_channels=channels, out_channels=channels, time_cond_proj_dim=None)
+        unet = dataclasses.replace(unet, sample_size=UNetConfig.sample_size)  # of which its files say nothing
         return ControlNetConfig(unet, _READERS[: halvings + 1])
     widths, resnets = unet.block_out_channels, config.control.num_res_blocks
     if unet.attention_blocks[0]:
