@@ -19,6 +19,7 @@ from sd_jax.prompts import tags
 from sd_jax.prompts.encode import encode_prompts
 from sd_jax.sampling import adapters, grid, hires_fix, image_to_image, inpaint, upscale
 from sd_jax.sampling.clip import Clip, load_clip
+from sd_jax.sampling.control import load_control
 from sd_jax.sampling.pipeline import BUNDLED, Pipeline, job_of, load
 from sd_jax.sampling.preview import LatentPreview
 from sd_jax.sampling.recipe import (
@@ -58,6 +59,7 @@ class Order:
     prompts_file: str | None = None
     adapters: Sequence[str] = ()  # PATH, PATH:STRENGTH or PATH:STRENGTH:STRENGTH_IN_TEXT_ENCODERS, in their order
     embeddings: str | None = None  # a file of textual inversion, or a folder of them
+    control: Sequence[str] = ()  # PATH:IMAGE, PATH:IMAGE:STRENGTH or PATH:IMAGE:STRENGTH:START:END
     adapter_folder: str | None = None  # where `<lora:name:0.8>` finds its file
     best_of: int | None = None  # candidates for each picture, see `_best_of`
     out: pathlib.Path = pathlib.Path("samples")
@@ -116,6 +118,8 @@ def carry_out(order: Order) -> Iterator[pathlib.Path]:
         pipe = pipe.with_adapter(each["path"], each["strength"], each["text_strength"])
     pipe = pipe if folders["adapter_folder"] is None else pipe.with_tags(folders["adapter_folder"])
     clip = load_clip(loading["clip"], loading["dtype"]) if loading["clip"] is not None else None
+    hints = _hints(order, told)
+    control = [load_control(each["path"], loading["dtype"], pipe).hint(**_how(each)) for each in hints]
 
     # What is made at once
     if axes:
@@ -132,14 +136,14 @@ def carry_out(order: Order) -> Iterator[pathlib.Path]:
     steps = sum(pipe.steps_of(batch.recipe, image, mask, depth, refiner, guide) for batch, guide in each)
     origin = _origin(loading, {"image": image, "mask": mask, "depth": depth})
     hashes = _hashes(worn, work, **folders)
-    origin = dataclasses.replace(origin, adapters=worn, hashes=hashes, **folders)
+    origin = dataclasses.replace(origin, adapters=worn, hashes=hashes, control=hints, **folders)
     _tell_differences(order, told, origin)
 
     # Pictures
     made: dict[int, tuple[media.Picture, Recipe]] = {}
     with _Progress(pipe, steps * (best_of or 1), order) as progress:
         for batch, guide in zip(work, guides, strict=True):
-            inputs = image, mask, progress, batch.prompts, depth, refiner, guide
+            inputs = image, mask, progress, batch.prompts, depth, refiner, guide, control
             make = lambda recipe, inputs=inputs: pipe.make(recipe, *inputs)  # noqa: E731
             images, recipes, scores = _best_of(make, batch, clip, best_of, len(prompts) or len(batch.numbers))
             size = images.shape[2], images.shape[1]
@@ -199,6 +203,44 @@ def adapters_of(texts: Sequence[str]) -> list[dict[str, Any]]:
     return found
 
 
+def _hints(order: Order, told: Record) -> list[dict[str, Any]]:
+    """What `--control=PATH:IMAGE:STRENGTH` means, as an Origin keeps it, or what a recipe says."""
+    if not order.control:
+        recorded = [] if told.origin is None else told.origin.control
+        for each in recorded:
+            _check_same(each, "image", order.recipe, "--control")
+        return recorded
+    found = []
+    for text in order.control:
+        path, *rest = text.split(":")
+        image, numbers = (rest or [""])[0], rest[1:]
+        try:
+            how = dict(zip(("strength", "start", "end"), map(float, numbers or ["1"]), strict=False))
+            if not image or len(numbers) not in (0, 1, 3):
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"--control={text}: give PATH:IMAGE:STRENGTH, and :START:END if you like") from None
+        place = {"path": str(pathlib.Path(path).absolute()), "image": str(pathlib.Path(image).absolute())}
+        found.append({**place, "sha256": hash_of_file(image), **{"start": 0.0, "end": 1.0}, **how})
+    return found
+
+
+def _how(hint: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: hint[name] for name in ("image", "strength", "start", "end")}
+
+
+def _check_same(recorded: Mapping[str, str], key: str, recipe: str | None, flag: str) -> None:
+    """Raises FileNotFoundError or ValueError where a file is no longer what a recipe says."""
+    path = recorded[key]
+    try:
+        same = hash_of_file(path) == recorded["sha256"]
+    except OSError as error:
+        reason = f"{path}, from which {recipe} was made, cannot be read ({error.strerror})"
+        raise FileNotFoundError(f"{reason}: give it as {flag}=") from error
+    if not same:
+        raise ValueError(f"{path} is no longer what {recipe} was made from: give that as {flag}=")
+
+
 def _worn(path: str, strength: float, text_strength: float) -> dict[str, Any]:
     path = pathlib.Path(path).absolute()
     kind, name = next(iter(adapters.hashes(path))).split(":", 1)
@@ -231,15 +273,8 @@ def _input(order: Order, told: Record, name: str) -> str | None:
     given, recorded = getattr(order, name), told.origin and getattr(told.origin, name)
     if given is not None or recorded is None:
         return given
-    path = recorded["path"]
-    try:
-        same = hash_of_file(path) == recorded["sha256"]
-    except OSError as error:
-        reason = f"{path}, from which {order.recipe} was made, cannot be read ({error.strerror})"
-        raise FileNotFoundError(f"{reason}: give it as {flag}=") from error
-    if not same:
-        raise ValueError(f"{path} is no longer what {order.recipe} was made from: give that as {flag}=")
-    return path
+    _check_same(recorded, "path", order.recipe, flag)
+    return recorded["path"]
 
 
 def _loading(order: Order, told: Record) -> dict[str, Any]:

@@ -180,14 +180,12 @@ def steer(
     parts: int,  # of each prompt, whose rows lie next to each other
     steps: int,  # that are walked
     calls: int,  # of the denoiser in a step
-    tile: int | None,
 ) -> tuple[tuple[ControlNet | T2IAdapter, ...], Steered]:
-    """(the networks, what they are given). Raises ValueError for what does not fit."""
+    """(the networks, what they are given). Raises ValueError for a hint of another number of pictures."""
     factor = pipe.spec.vae.downscale
     sides = tuple(side * factor for side in size)
     steering, positive, negative = [], [], []
     for hint in hints:
-        hint.control.check_fits(pipe, size, tile)
         if len(hint.pixels) not in (1, batch):
             raise ValueError(f"a hint holds {len(hint.pixels)} pictures, the prompts ask for {batch}")
         whole = hint.part(canvas.Box(0, 0, *sides), *sides)

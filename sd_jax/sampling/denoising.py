@@ -85,6 +85,9 @@ def denoise(
     models = [pipe] if refiner is None else [pipe, refiner]
     for model in models:
         _check_channels(model, start)
+    tile = _tile(pipe, recipe)
+    for hint in given.control:
+        hint.control.check_fits(pipe, start.size, tile)
     row = samplers.sampler_named(recipe.sampler)
     ladder, begin = plan(pipe, recipe, start)
     steps = samplers.count_steps(row, len(ladder.sigmas) - 1)
@@ -120,9 +123,8 @@ def denoise(
         raise ValueError(f"latents have the shape {latents.shape[1:]}, pictures of this size {shape}")
 
     # Hints
-    tile = _tile(pipe, recipe)
     parts = 1 if told[0].weights is None else told[0].weights.shape[1]
-    controls, steered = control.steer(pipe, given.control, start.size, batch, parts, steps - begin, row.calls, tile)
+    controls, steered = control.steer(pipe, given.control, start.size, batch, parts, steps - begin, row.calls)
 
     # Walk
     carry = _begin(

@@ -13,7 +13,7 @@ begins with "Negative prompt:"; `recipe.py` keeps the whole recipe beside this t
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sd_jax.types import Recipe
@@ -114,6 +114,7 @@ def write(
     refiner: str | None = None,  # "name [hash]"
     clip_score: float | None = None,  # by which it was chosen among others
     hashes: Mapping[str, str] | None = None,  # of adapters and words, as `Parsed` has them
+    control: Sequence[Mapping[str, Any]] = (),  # {"path": the name, "strength", "start", "end"} of each
 ) -> str:
     """The infotext of a picture."""
     varied, second = recipe.variation_strength > 0, recipe.scale is not None
@@ -147,6 +148,7 @@ def write(
         "Refiner": refiner,
         "Refiner switch at": None if refiner is None else recipe.refiner_switch,
         **{key: _listed(hashes or {}, kind) for key, kind in _HASHES.items()},
+        **{f"ControlNet {i}": _control_unit(each) for i, each in enumerate(control)},
         "CLIP score": None if clip_score is None else f"{clip_score:.4f}",
         "Version": version,
     }
@@ -167,6 +169,13 @@ def _listed(hashes: Mapping[str, str], kind: str) -> str | None:
     """Those of a kind: "ink: 0123456789ab, fur: ba9876543210"; names without what parts them, None for none."""
     here = {name.partition(":")[2]: digits for name, digits in hashes.items() if name.startswith(f"{kind}:")}
     return ", ".join(f"{re.sub('[:,]', '', name)}: {digits}" for name, digits in here.items()) or None
+
+
+def _control_unit(hint: Mapping[str, Any]) -> str:
+    """As sd-webui-controlnet has it (internal_controlnet/args.py); the map is made before, so there is no module."""
+    pairs = {"Module": "none", "Model": hint["path"], "Weight": hint["strength"]}
+    pairs |= {"Guidance Start": hint["start"], "Guidance End": hint["end"]}
+    return ", ".join(f"{key}: {value}" for key, value in pairs.items())
 
 
 def _quoted(value: Any) -> str:

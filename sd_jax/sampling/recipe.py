@@ -125,6 +125,8 @@ class Origin:
     adapters: list = dataclasses.field(default_factory=list)  # {"path", "strength", "text_strength", "sha256", "tag"}
     # of each; the tag is what asks for it in a prompt, "" for words, which need none
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)  # of adapters and words, see `adapters.hashes`
+    control: list = dataclasses.field(default_factory=list)  # {"path", "image", "sha256", "strength", "start", "end"}
+    # of each hint; sha256 of its image
     image: dict[str, str] | None = None  # {"path", "sha256"} of what it was made from, and of the mask
     mask: dict[str, str] | None = None
     depth: dict[str, str] | None = None
@@ -162,6 +164,7 @@ def texts(recipe: Recipe, origin: Origin, size: tuple[int, int], **more: Any) ->
         None if origin.refiner is None else f"{_name(origin.refiner)} [{origin.refiner_hash}]",
         more["chosen"]["score"] if "chosen" in more else None,
         asked_for(origin.hashes, f"{prompt}\n{recipe.negative_prompt}"),
+        [{**each, "path": _name(each["path"])} for each in origin.control],
     )
     record = {**dataclasses.asdict(recipe), **dataclasses.asdict(origin), "batch": None, **more}
     return {media.PARAMETERS: parameters, media.RECIPE: json.dumps(record)}

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sd_jax import media
 from sd_jax.adapters import controlnet, t2i_adapter
 from sd_jax.adapters.controlnet import ControlNetConfig
 from sd_jax.adapters.t2i_adapter import T2IAdapterConfig
 from sd_jax.models.families import SDXL
 from sd_jax.models.presets import shrink
+from sd_jax.sampling.command import Order, carry_out
 from sd_jax.sampling.control import ControlModel, load_control
 from sd_jax.sampling.pipeline import Pipeline
 from tests.sampling.conftest import ONE_LEVEL, random_params
@@ -233,3 +235,24 @@ def test_what_does_not_fit_is_told(pipe, control, adapter):
         with pytest.raises(ValueError, match="a T2I-Adapter sees the picture as a whole: leave tile= out"):
             draw(pipe, adapter.hint(MAP), width=32, height=32, tile=16)
     assert not compiled
+
+
+def test_a_command_follows_a_map_and_its_picture_is_made_again(pipe, control, tmp_path):
+    pipe.save(tmp_path / "model", format="native")
+    control.save(tmp_path / "net")
+    media.write_png(tmp_path / "map.png", MAP, {})
+    told = f"{tmp_path / 'net'}:{tmp_path / 'map.png'}:0.8:0:0.75"
+    fields = {"prompt": "a red circle", "steps": 4, "width": 16, "height": 16}
+    made = list(carry_out(Order(fields, {"checkpoint": str(tmp_path / "model")}, control=[told], out=tmp_path / "a")))
+    wanted = pipe.text_to_image(**fields, control=control.hint(MAP, 0.8, 0.0, 0.75))
+    np.testing.assert_array_equal(media.decode_image(made[0]), wanted[0])
+    text = media.read_text(made[0])["parameters"]
+    assert 'ControlNet 0: "Module: none, Model: net, Weight: 0.8, Guidance Start: 0.0, Guidance End: 0.75"' in text
+    again = list(carry_out(Order(recipe=str(made[0]), out=tmp_path / "b")))
+    np.testing.assert_array_equal(media.decode_image(again[0]), wanted[0])
+    media.write_png(tmp_path / "map.png", OTHER, {})
+    with pytest.raises(ValueError, match=r"map\.png is no longer what .* give that as --control="):
+        list(carry_out(Order(recipe=str(made[0]), out=tmp_path / "c")))
+    for wrong in ("net", f"net:{tmp_path / 'map.png'}:much", f"net:{tmp_path / 'map.png'}:1:0"):
+        with pytest.raises(ValueError, match=f"--control={wrong}: give PATH:IMAGE:STRENGTH"):
+            list(carry_out(Order(fields, control=[wrong], out=tmp_path / "d")))
