@@ -29,6 +29,7 @@ from sd_jax.checkpoints.layout import check_shapes
 from sd_jax.checkpoints.ldm_yaml import Said
 from sd_jax.checkpoints.read_safetensors import write
 from sd_jax.checkpoints.tensors import Tensor, lazy
+from sd_jax.models.presets import UNetConfig
 from sd_jax.types import Params
 
 Config = ControlNetConfig | T2IAdapterConfig
@@ -131,7 +132,7 @@ def _controlnet_of(tensors: Mapping[str, Tensor], path: Path, compvis: bool) -> 
     """By shapes."""
     kind = components.kind(tensors)
     unet = infer.unet_of(tensors, kind, None, str(path), Said())
-    unet = dataclasses.replace(unet, out_channels=unet.in_channels)
+    unet = dataclasses.replace(unet, out_channels=unet.in_channels, sample_size=UNetConfig.sample_size)
     form = "input_hint_block.{}.weight" if compvis else f"{EMBEDDING}.blocks.{{}}.weight"
     numbers = range(4, 100, 4) if compvis else range(1, 100, 2)
     first = "input_hint_block.0.weight" if compvis else f"{EMBEDDING}.conv_in.weight"

@@ -389,3 +389,43 @@ def test_only_folders_have_masks(config):
     config.diffusion.masked_loss = True
     with pytest.raises(DataError, match=r"config\.diffusion\.masked_loss: data\.path='shapes' .* set it to False"):
         opened(config, "shapes")
+
+
+# -- Hints -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hinted(tmp_path):
+    """a.jpg with a hint of half its size, and b.jpg; each 32 x 48."""
+    from PIL import Image
+
+    root = tmp_path / "hinted"
+    (root / "hints").mkdir(parents=True)
+    for name in ("a.jpg", "b.jpg"):
+        (root / name).write_bytes(jpeg(3, 32, 48))
+    left = np.zeros((16, 24, 3), np.uint8)
+    left[:, :12] = 255
+    for name in ("a.png", "b.png"):
+        Image.fromarray(left).save(root / "hints" / name)
+    return root
+
+
+def test_hints_are_no_pictures_and_are_read_by_methods_that_steer(config, hinted, caplog):
+    caplog.set_level(logging.INFO, "sd_jax")
+    source = opened(config, hinted)
+    assert len(source) == 2 and "hint" not in source[0] and "2 hints" in caplog.text
+    steering = training_defaults("controlnet").unlock()
+    steering.data.path = str(hinted)
+    source, unhinted = open_source(steering), source.fingerprint()
+    assert len(source) == 2 and source.fingerprint() != unhinted
+    hint = source[0]["hint"]
+    assert hint.shape == (32, 48, 3) and hint.dtype == np.uint8
+    assert (hint[:, :20] > 250).all() and (hint[:, 28:] < 5).all()
+    (hinted / "hints" / "b.png").unlink()
+    with pytest.raises(
+        DataError, match=r"b\.jpg: has no hint, one of 1 such pictures of 2: put a picture of its name "
+    ):
+        open_source(steering)
+    (hinted / "hints" / "b.jpg").write_bytes(jpeg(25, 48, 32))
+    with pytest.raises(BadImage, match=r"hints/b\.jpg: a hint of 32x48 for a picture of another shape, 48x32"):
+        open_source(steering)[1]
