@@ -11,7 +11,7 @@ Grey = UInt8[np.ndarray, "height width"]
 
 
 def luma(pixels: Picture) -> Grey:
-    """Y' of ITU-R BT.601, 0.299 R + 0.587 G + 0.114 B, rounded as Pillow and OpenCV do."""
+    """Y' of ITU-R BT.601, 0.299 R + 0.587 G + 0.114 B, as Pillow rounds it."""
     weights = np.array([19595, 38470, 7471], np.uint32)  # of 65536
     return ((pixels.astype(np.uint32) @ weights + 32768) >> 16).astype(np.uint8)
 
@@ -72,11 +72,13 @@ def segment(
     window = 2 * radius + 1
     smooth = ndimage.median_filter(pixels, (window, window, 1), mode="nearest")
     labels = _clusters(smooth, colours)
-    votes = [ndimage.uniform_filter((labels == k).astype(np.float32), window) for k in range(labels.max() + 1)]
-    labels = np.argmax(votes, axis=0)
+    winners, most = np.zeros_like(labels), np.zeros(labels.shape, np.float32)
+    for k in range(labels.max() + 1):
+        votes = ndimage.uniform_filter((labels == k).astype(np.float32), window)
+        winners, most = np.where(votes > most, k, winners), np.maximum(votes, most)
     painted = np.empty_like(pixels)
-    for k in np.unique(labels):
-        painted[labels == k] = np.round(np.median(pixels[labels == k], axis=0)).astype(np.uint8)
+    for k in np.unique(winners):
+        painted[winners == k] = np.round(np.median(pixels[winners == k], axis=0)).astype(np.uint8)
     return painted
 
 
@@ -107,4 +109,4 @@ def _clusters(pixels: Picture, count: int) -> Int64[np.ndarray, "height width"]:
 def _squared_distances(
     points: Float64[np.ndarray, "points 3"], centres: Float64[np.ndarray, "centres 3"]
 ) -> Float64[np.ndarray, "points centres"]:
-    return np.square(points[:, None] - centres[None]).sum(axis=2)
+    return sum(np.square(points[:, None, i] - centres[None, :, i]) for i in range(3))

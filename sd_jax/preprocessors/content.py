@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, UInt8
+from jaxtyping import Float32, Float64
 from PIL import Image
 from scipy import ndimage
 
@@ -75,7 +75,7 @@ def _random_field(
 def inpaint(
     pixels: Picture,
     *,
-    mask: UInt8[np.ndarray, "height width"] | Bool[np.ndarray, "height width"],  # white is redrawn
+    mask: np.ndarray,  # [height, width], bool or numbers in [0, 1] or [0, 255]; white is redrawn
 ) -> Float32[np.ndarray, "height width 3"]:
     """The hint of ControlNet-inpaint (control_v11p_sd15_inpaint): the picture in [0, 1], and -1 where it is redrawn.
 
@@ -83,7 +83,8 @@ def inpaint(
     Raises ValueError for a mask of another size.
     """
     if mask.shape != pixels.shape[:2]:
-        (height, width), (rows, columns) = pixels.shape[:2], mask.shape
-        raise ValueError(f"mask is {columns}x{rows} pixels, the picture {width}x{height}: make them of one size")
-    redrawn = mask if mask.dtype == bool else mask > 127
+        raise ValueError(
+            f"mask is {list(mask.shape)}, the picture {list(pixels.shape[:2])} (height, width): make them of one size"
+        )
+    redrawn = mask > (0.5 if mask.max() <= 1 else 127.5)
     return np.where(redrawn[:, :, None], np.float32(-1), pixels.astype(np.float32) / np.float32(255))
