@@ -64,9 +64,8 @@ def _random_field(
     height: int, width: int, step: float, rng: np.random.Generator
 ) -> Float64[np.ndarray, "height width"]:
     """Smooth, its least value 0 and its largest 1."""
-    margin = 2  # cells around the picture, so that its border is as random as its middle
-    grid = rng.random([math.ceil(side / step) + 2 * margin for side in (height, width)])
-    places = np.meshgrid(*(np.arange(side) / step + margin - 0.5 for side in (height, width)), indexing="ij")
+    grid = rng.random([math.ceil(side / step) + 3 for side in (height, width)])  # from one cell before the picture on
+    places = np.meshgrid(*(np.arange(side) / step + 1 for side in (height, width)), indexing="ij")
     field = ndimage.map_coordinates(grid, places, order=3, mode="mirror")
     field -= field.min()
     return field / max(field.max(), np.finfo(np.float64).tiny)

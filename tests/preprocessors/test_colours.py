@@ -21,9 +21,9 @@ def test_grayscale_is_pillows(noise):
 
 
 def test_luminance_of_known_colours():
-    """L* of sRGB's primaries: 53.24, 87.73, 32.30 (Lindbloom), scaled to 255."""
-    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255), (119, 119, 119)]
-    wanted = np.round(np.array([53.24, 87.73, 32.30, 0, 100, 50.03]) * 2.55)
+    """L* of sRGB's primaries: 53.24, 87.73, 32.30 (Lindbloom); of a grey of 10, which is on the straight part: 2.74."""
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255), (119, 119, 119), (10, 10, 10)]
+    wanted = np.round(np.array([53.24, 87.73, 32.30, 0, 100, 50.03, 2.74]) * 2.55)
     made = recolour(np.array([colours], np.uint8))
     np.testing.assert_array_equal(made[0], wanted[:, None].repeat(3, axis=1))
 
@@ -67,6 +67,19 @@ def test_specks_are_lost_in_what_lies_around_them():
     specked[5::9, 4::9] = (255, 0, 255)
     np.testing.assert_array_equal(segment(specked, radius=2), picture)
     np.testing.assert_array_equal(segment(specked, radius=0), specked)
+    # Of two colours, those that there is most of, though the specks' is the farthest
+    ground = (specked == picture).all(axis=2)
+    np.testing.assert_array_equal(segment(specked, radius=0, colours=2)[ground], picture[ground])
+
+
+def test_blocks_are_flat_where_the_picture_is_grainy():
+    rng = np.random.default_rng(0)
+    sides = np.full((80, 80, 3), 110.0)
+    sides[:, 40:] = 145
+    grainy = np.clip(sides + rng.normal(0, 25, (80, 80, 1)), 0, 255).astype(np.uint8)
+    blocks = segment(grainy, colours=2)
+    darker = blocks[..., 0] == blocks[..., 0].min()
+    assert (darker == (sides[..., 0] == 110)).mean() > 0.98
 
 
 def test_as_many_colours_as_asked_for_and_no_chance(noise):
@@ -83,7 +96,7 @@ def test_more_colours_are_nearer_to_the_picture(noise):
     errors = [np.square(segment(noise, colours=n, radius=0) - noise.astype(float)).mean() for n in (2, 8, 32)]
     # The error of n cells of a cube of side 255 is about its variance, 255^2 / 12, over n^(2/3)
     for error, count in zip(errors, (2, 8, 32), strict=True):
-        assert error < 1.35 * 255**2 / 12 / count ** (2 / 3)
+        assert error < 1.25 * 255**2 / 12 / count ** (2 / 3)
 
 
 @pytest.mark.parametrize(

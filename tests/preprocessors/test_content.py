@@ -62,6 +62,14 @@ def test_places_reach_over_the_whole_picture():
         assert max(np.abs(np.diff(place, axis=axis)).max() for axis in (0, 1)) < 0.1 * place.max()  # no tears
 
 
+def test_a_larger_copy_is_shuffled_alike():
+    """Cells are fractions of the picture's side."""
+    y, x = np.mgrid[:64, :128]
+    small = np.stack([4 * y, 2 * x, x], axis=2).astype(np.uint8)
+    large = small.repeat(2, axis=0).repeat(2, axis=1)
+    assert np.abs(shuffle(large)[::2, ::2].astype(float) - shuffle(small)).mean() < 3
+
+
 def test_colours_stay_and_small_cells_tear_more():
     rng = np.random.default_rng(0)
     pictures = [render(draw_scene(rng, two_objects=0.5), 128) for _ in range(20)]

@@ -187,15 +187,18 @@ def test_line_art_is_the_drawing_turned_about():
     ink = np.asarray(drawing) == 0
     lines = line_art(as_picture(np.asarray(drawing)))[..., 0]
     assert np.median(lines[ink]) == pytest.approx(127, abs=1) and lines[ink].min() > 100 and lines[~ink].max() == 0
-    # Half as dark ink comes out as bright: it goes by the lines that are there
-    pale = line_art(as_picture(np.where(ink, 128, 255).astype(np.uint8)))[..., 0]
-    assert np.abs(pale.astype(int) - lines).max() <= 2
+    # Ink half as dark, and on grainy paper, comes out as bright: it goes by the lines that are there
+    grain = 7 * (np.indices(ink.shape).sum(axis=0) % 2)
+    pale = line_art(as_picture((np.where(ink, 128, 255) - grain).astype(np.uint8)))[..., 0]
+    assert np.median(pale[ink]) == pytest.approx(127, abs=5) and pale[~ink].max() < 12
+    # It is what darkens every channel: red ink leaves red as bright as paper
+    assert not line_art(np.where(ink[..., None], (255, 0, 0), 255).astype(np.uint8)).any()
 
 
 def test_paper_is_no_line():
     rng = np.random.default_rng(0)
-    paper = (240 + rng.integers(-3, 4, (SIDE, SIDE, 1))).repeat(3, axis=2).astype(np.uint8)
-    assert line_art(paper).max() < 48
+    rough = rng.integers(-12, 13, (SIDE, SIDE, 1)).repeat(3, axis=2)
+    assert line_art((240 + rough).astype(np.uint8)).max() == pytest.approx(12 / 16 * 127, rel=0.15)
     assert line_art(np.full((8, 8, 3), COLOURS["red"], np.uint8)).max() == 0
 
 
