@@ -33,8 +33,8 @@ def recolour(
 ) -> Picture:
     """What models that colour grey pictures are shown: its luminance (L* of CIELAB) or intensity (V of HSV).
 
-    These are sd-webui-controlnet's recolor_luminance and recolor_intensity, except that they take red for blue where
-    they compute L*, and round down.
+    These are sd-webui-controlnet's recolor_luminance and recolor_intensity, except that those read the channels blue
+    first and round down.
     """
     one_of(("luminance", "intensity"), kind=kind)
     within(0.01, 100.0, gamma=gamma)

@@ -7,8 +7,9 @@ Canny (1986, A computational approach to edge detection) as scikit-image's `feat
     |g| >= |g| at both places one step along +-g         kept: steps end between two neighbours, which are blended   (3)
     |g| >= low, and linked to a place with |g| >= high   hysteresis: linked by kept neighbours in eight directions   (4)
 
-Thresholds are of grey in [0, 1], in which a sharp step of height h has |g| of about 3.2 h / sigma where sigma is 1 or
-more; those of OpenCV and ControlNet's examples (100 and 200) are of [0, 255] without (1).
+Thresholds are of grey in [0, 1], in which a sharp step of height h has |g| = 2.5 h for sigma = 1, and about
+3.2 h / sigma from 2 on. Those of OpenCV and of ControlNet's examples (100 and 200) are of [0, 255], without (1) and
+with the sum of the parts of g for its length.
 """
 
 import math
