@@ -44,7 +44,7 @@ EXTRAS_REQUIRE = {
     # References that the parity tests compare with. sd_jax itself never imports them. k-diffusion, open_clip and
     # lycoris are three more: what they require (wandb, torchvision) is not wanted, so `make parity` installs them with
     # --no-deps.
-    "parity": ["torch==2.13.0", "diffusers==0.42.1", "peft>=0.21", "accelerate>=1.15"],
+    "parity": ["torch==2.13.0", "diffusers==0.42.1", "peft>=0.21", "accelerate>=1.15", "scikit-image>=0.26"],
 }
 
 setup(

@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 Picture = UInt8[np.ndarray, "height width 3"]
 
+PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")  # their files' endings
 MAX_PIXELS = (
     178_956_970  # half a gigabyte of RGB; a larger claim is taken for a decompression bomb (Pillow's own limit)
 )

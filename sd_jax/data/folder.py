@@ -18,7 +18,6 @@ from sd_jax.data import DataError, fingerprints, headers
 from sd_jax.data.captions import CAPTION_KEYS, IMAGE_KEYS, choose_key, choose_keys, texts_of
 from sd_jax.media import BadImage
 
-PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 CAPTIONS = (".txt", ".caption")  # of a picture's name beside it; the second is kohya's
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TABLES = (".parquet", ".arrow", ".tar")  # a folder that holds these is a data set; pictures in it are decoration
@@ -82,7 +81,7 @@ class FolderSource:
             logger.info("%d masks in %s are not read: see config.diffusion.masked_loss", len(masks), root)
         self._files: list[str] = sorted((loose - unlisted).union(listed))
         if not self._files:
-            raise DataError(f"data.path={str(root)!r} holds no pictures ({', '.join(PICTURES)})")
+            raise DataError(f"data.path={str(root)!r} holds no pictures ({', '.join(media.PICTURES)})")
         named = repeats_of(root, self._files) if beside else {}
         if hints and not hinted:
             logger.info("%d hints in %s are not read: they are for config.method='controlnet'", len(hints), root)
@@ -259,7 +258,7 @@ def _walk(root: pathlib.Path) -> Iterator[str]:
 
 
 def _is_picture(file: str) -> bool:
-    return file.lower().endswith(PICTURES)
+    return file.lower().endswith(media.PICTURES)
 
 
 def _beside(file: str) -> list[str]:

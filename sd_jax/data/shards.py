@@ -20,11 +20,12 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from sd_jax import media
 from sd_jax.data import DataError, fingerprints, folder
 from sd_jax.data.captions import CAPTION_KEYS, IMAGE_KEYS, choose_key, names_in, texts_of
 
 _AT_ONCE = 64  # rows of a table
-_PICTURES = tuple(ending.removeprefix(".") for ending in folder.PICTURES)
+_PICTURES = tuple(ending.removeprefix(".") for ending in media.PICTURES)
 _CAPTION, _COLUMNS = "txt", "json"
 
 
@@ -258,7 +259,7 @@ def _cut_folder(root: pathlib.Path, files: list[str], size: int) -> list[InShard
             "data set first (datasets.load_dataset('imagefolder', ...).save_to_disk)"
         )
     beside = {file for file in files if file.lower().endswith((".txt", ".json"))}
-    pictures = sorted(file for file in files if file.lower().endswith(folder.PICTURES))
+    pictures = sorted(file for file in files if file.lower().endswith(media.PICTURES))
     shards = []
     for begin in range(0, len(pictures), size):
         part = tuple(pictures[begin : begin + size])

@@ -16,13 +16,13 @@ from jaxtyping import Int64
 
 from sd_jax import media
 from sd_jax.checkpoints.aside import aside
-from sd_jax.data import DataError, fingerprints, folder, headers, shards
+from sd_jax.data import DataError, fingerprints, headers, shards
 from sd_jax.data.captions import CAPTION_KEYS, IMAGE_KEYS, choose_key, choose_keys, names_in, texts_of
 
 _JSON = "json"
 _INSIDE = "json."
 _LOOKED_AT = 100  # records whose .json is looked at for the names of columns
-_PICTURES = tuple(ending.removeprefix(".") for ending in folder.PICTURES)
+_PICTURES = tuple(ending.removeprefix(".") for ending in media.PICTURES)
 
 logger = getLogger(__name__)
 
