@@ -89,7 +89,8 @@ class ControlModel:
 
     def hint(
         self,
-        image: Any,  # a map, or a picture: a path, a PIL image, or an array: uint8 or floats in [0, 1], or a batch
+        image: Any,  # a map, or a picture: a path, a PIL image, or an array: uint8 or floats in [0, 1], or a batch;
+        # or what the preprocessor "inpaint" makes, or its .npy, for which there is no mask to be given
         strength: float = 1.0,
         start: float = 0.0,  # at work from this share of the steps on
         end: float = 1.0,  # and until this one
@@ -101,6 +102,8 @@ class ControlModel:
 
         start and end count as diffusers' control_guidance_start and _end.
         """
+        if mask is None:
+            image, mask = _unmasked(image)
         pixels = canvas.read_pixels(image)
         mask = None if mask is None else canvas.read_mask(mask, *pixels.shape[1:3])
         if not isinstance(strength, Real) or not math.isfinite(strength):
@@ -144,6 +147,18 @@ class ControlModel:
     def save(self, path: str | os.PathLike, format: str = "diffusers") -> None:
         """Writes "diffusers" (a folder) or "single_file" (.safetensors, in the authors' layout)."""
         files.save_control(path, self.config, gather(self.params), format)
+
+
+def _unmasked(image: Any) -> tuple[Any, Any]:
+    """(the picture, its mask) of floats that are -1 where it is to be redrawn; anything else as it is, and None."""
+    if isinstance(image, str | os.PathLike) and os.fspath(image).endswith(".npy"):
+        image = np.load(image, allow_pickle=False)
+    if not isinstance(image, np.ndarray) or not np.issubdtype(image.dtype, np.floating):
+        return image, None
+    below = image < 0
+    if not below.any() or (image[below] != -1).any():
+        return image, None
+    return np.where(below, image.dtype.type(0), image), below.all(-1)
 
 
 # -- In a walk -------------------------------------------------------------------------------------------------------
