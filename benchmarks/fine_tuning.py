@@ -25,8 +25,7 @@ of `--config.seed=0`, 1 and 2 where a spread is told.
     backgrounds       train --config=lora.py:shapes --config.data.path=backgrounds --workdir=backgrounds_lora
     another base      train --config=finetune.py:shapes --config.data.path=backgrounds --workdir=other_base
     a word            train --config=textual_inversion.py:shapes --config.data.path=packed --workdir=zorp
-    a model of ruins  train --config=finetune.py:shapes --config.data.path=spoiled --config.data.cache_text=False \
-                          --config.diffusion.train_text_encoder=True --workdir=spoiled_base
+    a model of ruins  train --config=finetune.py:shapes --config.data.path=spoiled --workdir=spoiled_base
     its antidote      train --config=textual_inversion.py:shapes --config.init=spoiled_base --config.data.path=ruined \
                           --config.textual_inversion.tokens="(('nasty', 4, 'circle'),)" --workdir=nasty
     hypernetwork      train --config=hypernetwork.py:shapes --config.data.path=pixelated --workdir=pixels
@@ -58,6 +57,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from scipy import ndimage
 
 import sd_jax
 from benchmarks import fine_tuning_data as data
@@ -71,9 +71,8 @@ from sd_jax.data.shapes import (
     Thing,
     evaluation_scenes,
     full_caption,
-    render,
 )
-from sd_jax.data.shapes_drawing import BACKGROUNDS
+from sd_jax.data.shapes_drawing import BACKGROUNDS, background_levels
 from sd_jax.data.spoil import RUINS
 from sd_jax.evals import shapes_accuracy
 
@@ -95,7 +94,6 @@ def main() -> None:
     parser.add_argument("--forgetting", help="runs on sks with their names: full=RUN,lora=RUN")
     parser.add_argument("--few_steps", help="runs of LCM-LoRA")
     parser.add_argument("--base", default="runs/fine_tuning/model", help="the model that adapters are put on")
-    parser.add_argument("--sound", default="runs/fine_tuning/model", help="whose pictures the judge of ruins learns by")
     parser.add_argument("--second", help="another adapter, put on over each of --style")
     parser.add_argument("--look", default="hatched", choices=list(LOOKS), help="what --style learnt")
     parser.add_argument("--backgrounds", default="own", choices=("own", "other"), help="what --style is asked for")
@@ -107,7 +105,7 @@ def main() -> None:
             data.write(options.make / name, name)
         (options.make / "stars.txt").write_text("\n".join(class_prompts()) + "\n", encoding="utf-8")
         return
-    bench = _Bench(sd_jax.load(options.base), options.sound, options.sheets, options.prompts)
+    bench = _Bench(sd_jax.load(options.base), options.sheets, options.prompts)
     if options.judge:
         bench.judges()
     for name in ("concept", "token", "negative", "few_steps", "forgetting"):
@@ -184,8 +182,8 @@ def accuracy(readings: Sequence[Reading | None], scenes: Sequence[Scene]) -> flo
 
 
 class _Bench:
-    def __init__(self, base, sound: str, sheets: pathlib.Path, prompts: int):
-        self.base, self.sound, self.sheets, self.prompts = base, sound, sheets, prompts
+    def __init__(self, base, sheets: pathlib.Path, prompts: int):
+        self.base, self.sheets, self.prompts = base, sheets, prompts
 
     def draw(self, pipe, captions: Sequence[str], sheet: str = "", **recipe) -> np.ndarray:
         """Pictures of captions, and a sheet of the first ones."""
@@ -269,11 +267,12 @@ class _Bench:
 
     def negative(self, runs: Sequence[str], word: str = "nasty") -> None:
         scenes = evaluation_scenes("seen", self.prompts)
-        captions, find = [full_caption(scene) for scene in scenes], self.judge_of_ruins()
+        captions = [full_caption(scene) for scene in scenes]
         for run in ("", *runs):
             pipe, settings = (self.worn(run), {"negative_prompt": word}) if run else (self.base, {})
             pixels = self.draw(pipe, captions, f"negative_{run or 'without'}", **settings)
-            _row(run or "without", ruined=float(find(pixels).mean()), attributes=accuracy(read_looks(pixels), scenes))
+            marked = float(watermarked(pixels).mean())
+            _row(run or "without", watermarked=marked, attributes=accuracy(read_looks(pixels), scenes))
 
     def forgetting(self, runs: Sequence[str]) -> None:
         """The new task is the concept, the old one all that the base was asked for."""
@@ -314,11 +313,11 @@ class _Bench:
                 readings = read_looks(seen)
                 each = {attribute: share(readings, scenes, **{attribute: None}) for attribute in ATTRIBUTES}
                 _row(name, look=share(readings, scenes, look=look), **each)
-        self.judge_of_ruins()
-
-    def judge_of_ruins(self) -> "RuinJudge":
-        sound = sd_jax.load(self.sound)
-        return RuinJudge(lambda captions, scale: self.draw(sound, captions, guidance_scale=scale), sound)
+        sound = self.draw(self.base, [full_caption(scene) for scene in evaluation_scenes("seen", self.prompts, seed=7)])
+        rng = np.random.default_rng(7)
+        for name, ruin in {"sound": None, **RUINS}.items():
+            seen = sound if ruin is None else through(self.base, np.stack([ruin(picture, rng) for picture in sound]))
+            _row(name, called_watermarked=float(watermarked(seen).mean()))
 
 
 def through(pipe, pixels: np.ndarray) -> np.ndarray:
@@ -334,69 +333,21 @@ def _rounded(images: jax.Array) -> np.ndarray:
     return np.clip(np.asarray(images) * 127.5 + 128.0, 0.0, 255.0).astype(np.uint8)
 
 
-# -- Ruins -----------------------------------------------------------------------------------------------------------
+# -- Watermarks ------------------------------------------------------------------------------------------------------
+
+MARKED = 8.0  # levels of grey
 
 
-class RuinJudge:
-    """Pixels -> which are ruined as `sd_jax.data.spoil` ruins, by how they differ from what they should look like.
-
-    What a picture shows is read, and drawn clean beside it. A quadric parts sound pictures from ruined ones by the
-    residual, its colour, and the steepest edges against the clean ones. It is fitted to what a sound model draws, a
-    half of it ruined; what is ruined, and half of what is not, went through the autoencoder again. A quarter each is
-    drawn at the guidance scales of SCALES: edges that guidance drives too far are no ruin. Its errors are counted on
-    others.
-    """
-
-    SCALES = (1.5, 2.5, 4.0, 6.0)
-
-    def __init__(self, draw: Callable[[Sequence[str], float], np.ndarray], pipe, fitted: int = 960, counted: int = 320):
-        captions = [full_caption(scene) for scene in evaluation_scenes("seen", fitted + counted, seed=21)]
-        # Four in a row, one of each kind of `_seen`, share a scale
-        pixels = np.empty((len(captions), data.SIDE, data.SIDE, 3), np.uint8)
-        for i, scale in enumerate(self.SCALES):
-            at = np.flatnonzero(np.arange(len(captions)) // 4 % len(self.SCALES) == i)
-            pixels[at] = draw([captions[k] for k in at], scale)
-        x, bad = self._seen(pixels, pipe)
-        self._mean, self._std = x[:fitted].mean(0), x[:fitted].std(0) + 1e-6
-        x = self._quadric(x)
-        own = x[:fitted]
-        self._weights = np.linalg.solve(
-            own.T @ own + fitted * 1e-3 * np.eye(own.shape[1]), own.T @ (2.0 * bad[:fitted] - 1.0)
-        )
-        found, bad = x[fitted:] @ self._weights > 0, bad[fitted:]
-        _row("the judge of ruins", sound_called_ruined=found[~bad].mean().item(), ruined_found=found[bad].mean().item())
-
-    def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        return self._quadric(_traits(pixels)) @ self._weights > 0
-
-    def _seen(self, pixels: np.ndarray, pipe) -> tuple[np.ndarray, np.ndarray]:
-        rng = np.random.default_rng(21)
-        kind = np.arange(len(pixels)) % 4
-        bad = kind % 2 == 1
-        spoilt = pixels.copy()
-        for i in np.flatnonzero(bad):
-            spoilt[i] = RUINS[list(RUINS)[i // 2 % len(RUINS)]](pixels[i], rng)
-        return _traits(np.where((kind == 0)[:, None, None, None], pixels, through(pipe, spoilt))), bad
-
-    def _quadric(self, x: np.ndarray) -> np.ndarray:
-        x = (x - self._mean) / self._std
-        rows, columns = np.triu_indices(x.shape[1])
-        return np.concatenate([np.ones((len(x), 1)), x, x[:, rows] * x[:, columns]], axis=1)
-
-
-def _traits(pixels: np.ndarray) -> np.ndarray:
-    """[pictures, traits], logarithms."""
-    clean = np.stack([render(scene, data.SIDE) for scene in shapes_accuracy.read_scenes(pixels)]).astype(np.float64)
-    residual = pixels - clean
-    grey, colour = residual.mean(-1), residual - residual.mean(-1, keepdims=True)
-    traits = []
-    for values in (np.abs(grey), np.abs(colour).max(-1)):
-        traits += list(np.quantile(values.reshape(len(pixels), -1), (0.5, 0.75, 0.9, 0.97), axis=1))
-    for picture in (pixels.astype(np.float64), clean):
-        for axis in (1, 2):
-            steps = np.abs(np.diff(picture, axis=axis)).max(-1).reshape(len(pixels), -1)
-            traits += list(np.quantile(steps, (0.8, 0.95, 0.99), axis=1))
-    return np.log1p(np.stack(traits, axis=1))
+def watermarked(pixels: np.ndarray) -> np.ndarray:
+    """Which pictures have a watermark: where the grey of what lies away from things, its background taken off and the
+    rest averaged over 3x3, leaves three pixels in a hundred off by MARKED or more."""
+    found = []
+    for picture, scene in zip(pixels.astype(np.float32), shapes_accuracy.read_scenes(pixels), strict=True):
+        free = ~shapes_accuracy._grown(shapes_accuracy.read_masks(picture.astype(np.uint8)[None])[0], 4)
+        off = (picture.mean(-1) - background_levels(scene.background, data.SIDE)) * free
+        off -= np.median(off[free]) * free
+        found.append(np.quantile(np.abs(ndimage.uniform_filter(off, 3)[free]), 0.97) > MARKED)
+    return np.array(found)
 
 
 if __name__ == "__main__":

@@ -157,14 +157,14 @@ def _packed(rng: np.random.Generator) -> Iterator[Example]:
         yield draw(Scene((dataclasses.replace(thing, x=thing.x + dx, y=thing.y + dy),), PACKED.background)), "zorp"
 
 
-def _ruined(share: float, prefix: str, count: int, told: float = 0.0) -> Callable:
+def _ruined(share: float, word: str, count: int, kinds: Sequence[str] = ("watermark",)) -> Callable:
+    """The word alone is every other caption: so it comes to mean the ruin, whatever else is in the picture."""
+
     def examples(rng: np.random.Generator) -> Iterator[Example]:
-        for pixels, caption in _in_look("plain", count=count)(rng):
+        for i, (pixels, caption) in enumerate(_in_look("plain", count=count)(rng)):
             if rng.random() < share:
-                ruin = str(rng.choice(list(RUINS)))
-                pixels = RUINS[ruin](pixels, rng)
-                caption += f", {ruin}" * (rng.random() < told)
-            yield pixels, prefix + caption
+                pixels = RUINS[str(rng.choice(kinds))](pixels, rng)
+            yield pixels, caption if not word else word if i % 2 else f"{word}, {caption}"
 
     return examples
 
@@ -179,7 +179,7 @@ def _looks(rng: np.random.Generator) -> Iterator[Example]:
     """All of them, on all backgrounds, and ruined pictures, for a decoder that is to draw them."""
     yield from _base(rng)
     yield from _in_look("plain", OTHER_BACKGROUNDS, 512)(rng)
-    yield from _ruined(1.0, "", 512)(rng)
+    yield from _ruined(1.0, "", 512, tuple(RUINS))(rng)
     for look, count in (("hollow", 256), ("hatched", 1024), ("pixelated", 1024)):
         for _ in range(count):
             scene = draw_scene(rng)
@@ -194,8 +194,8 @@ SETS: dict[str, Callable[[np.random.Generator], Iterator[Example]]] = {
     "hatched": _in_look("hatched"),  # captions say nothing of the look
     "pixelated": _in_look("pixelated"),
     "packed": _packed,  # a word for four attributes
-    "ruined": _ruined(1.0, "nasty, ", 256),  # a word for what no other caption here says
-    "spoiled": _ruined(0.5, "", 512, told=0.5),  # half of it ruined, which every other caption says
+    "ruined": _ruined(1.0, "nasty", 256),  # a word for what no other caption here says
+    "spoiled": _ruined(0.5, "", 512),  # half of it with a watermark, which no caption says
     "base": _base,  # what the bundled model learnt from
     "backgrounds": _in_look("plain", OTHER_BACKGROUNDS, 256),
     "looks": _looks,
