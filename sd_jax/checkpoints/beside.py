@@ -41,6 +41,15 @@ def open_beside(part: str, path: str | os.PathLike, weights: str = "ema") -> Bes
     raise CheckpointError(f"{path}: no workdir of ours, and nothing else holds a {part}")
 
 
+def open_vision(path: str | os.PathLike) -> Beside:
+    """A CLIP's vision tower alone, of whatever holds a CLIP or one: see `clip.open_vision`. Raises as `open_beside`."""
+    if detect.native_location(Path(path)) is not None:
+        found = open_beside("clip", path)
+        return Beside(found.config, clip.vision_of(found.params))
+    opened = clip.open_vision(path)
+    return Beside(opened.config, opened.params)
+
+
 def _native(part: str, path: str | os.PathLike, weights: str) -> Beside:
     folder, step = detect.native_location(Path(path))
     params, meta, step, _ = native.read_params(folder, step, weights, np.dtype("float32"))
