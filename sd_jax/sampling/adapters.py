@@ -155,6 +155,10 @@ def put_on(
             raise CheckpointError(f"{source}: {error}") from None
         known = [worn.encoder for worn in pipe.adapters if worn.encoder is not None]
         encoder = encoder_for(adapter, source, image_encoder, known, pipe.dtype)
+        alike = {
+            path: {"strength": 1.0, **entry} for path, entry in adapter.layers.items()
+        }  # so blocks compile nothing
+        adapter = adapter.replace(layers=alike)
     adapter = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), adapter)
     return pipe.changed(adapters=(*pipe.adapters, Worn(adapter, strength, float(text_strength), source, encoder)))
 
