@@ -318,7 +318,7 @@ class _Bench:
 
     def judge_of_ruins(self) -> "RuinJudge":
         sound = sd_jax.load(self.sound)
-        return RuinJudge(lambda captions: self.draw(sound, captions), sound)
+        return RuinJudge(lambda captions, scale: self.draw(sound, captions, guidance_scale=scale), sound)
 
 
 def through(pipe, pixels: np.ndarray) -> np.ndarray:
@@ -342,13 +342,21 @@ class RuinJudge:
 
     What a picture shows is read, and drawn clean beside it. A quadric parts sound pictures from ruined ones by the
     residual, its colour, and the steepest edges against the clean ones. It is fitted to what a sound model draws, a
-    half of it ruined; what is ruined, and half of what is not, went through the autoencoder again. Its errors are
-    counted on others.
+    half of it ruined; what is ruined, and half of what is not, went through the autoencoder again. A quarter each is
+    drawn at the guidance scales of SCALES: edges that guidance drives too far are no ruin. Its errors are counted on
+    others.
     """
 
-    def __init__(self, draw: Callable[[Sequence[str]], np.ndarray], pipe, fitted: int = 960, counted: int = 320):
-        scenes = evaluation_scenes("seen", fitted + counted, seed=21)
-        x, bad = self._seen(draw([full_caption(scene) for scene in scenes]), pipe)
+    SCALES = (1.5, 2.5, 4.0, 6.0)
+
+    def __init__(self, draw: Callable[[Sequence[str], float], np.ndarray], pipe, fitted: int = 960, counted: int = 320):
+        captions = [full_caption(scene) for scene in evaluation_scenes("seen", fitted + counted, seed=21)]
+        # Four in a row, one of each kind of `_seen`, share a scale
+        pixels = np.empty((len(captions), data.SIDE, data.SIDE, 3), np.uint8)
+        for i, scale in enumerate(self.SCALES):
+            at = np.flatnonzero(np.arange(len(captions)) // 4 % len(self.SCALES) == i)
+            pixels[at] = draw([captions[k] for k in at], scale)
+        x, bad = self._seen(pixels, pipe)
         self._mean, self._std = x[:fitted].mean(0), x[:fitted].std(0) + 1e-6
         x = self._quadric(x)
         own = x[:fitted]

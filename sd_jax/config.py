@@ -9,7 +9,8 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-ADAPTING = ("lora", "lcm_lora", "textual_inversion", "hypernetwork")  # methods that leave the model as it is
+CONTROLS = ("controlnet", "t2i_adapter")  # methods that learn to steer a model by pictures
+ADAPTING = ("lora", "lcm_lora", "textual_inversion", "hypernetwork", *CONTROLS)  # that leave the model as it is
 
 
 def parse_arg(arg: str | None, **defaults) -> ConfigDict:
@@ -212,6 +213,12 @@ def training_defaults(method: str) -> ConfigDict:
         config.hypernetwork.layer_norm = False
         config.hypernetwork.weight_init = "normal"
         config.hypernetwork.dropout = ()  # shares that training drops, at each place of the structure, e.g. (0, 0.3, 0)
+    if method in CONTROLS:
+        config.control = ConfigDict({"format": "diffusers"})  # of what the run leaves; or "single_file"
+        config.control.hint_key = "conditioning_image"  # the column of hints; in a folder they lie in hints/
+    if method == "t2i_adapter":
+        config.control.light = False  # a small one: bottlenecks of a quarter of the width
+        config.control.num_res_blocks = 2  # at each size; 4 in the published light ones
     if method in ADAPTING:
         config.ema_decays = (0.0,)  # the last weights
     if method == "super_resolution":

@@ -49,6 +49,21 @@ class Conditioning:
     guidance_scale: Float[Array, " batch"] | None = None
 
 
+@flax.struct.dataclass
+class Control:
+    """What is added to a U-Net's states from outside, by ControlNets and T2I-Adapters; of several, the sums.
+
+    skips:    of each state that the up blocks read, in the order in which the down blocks make them; () = none
+    middle:   of the middle block's answer; None = none
+    features: of the last state of each down block, before its size is halved where the block has attention, and behind
+              the last one perhaps of the middle block's answer; () = none
+    """
+
+    skips: tuple[Float[Array, "batch _ _ _"], ...] = ()
+    middle: Float[Array, "batch _ _ _"] | None = None
+    features: tuple[Float[Array, "batch _ _ _"], ...] = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class NoiseScheduleConfig:
     """The discrete forward process and what the U-Net predicts; names and values as in scheduler_config.json."""

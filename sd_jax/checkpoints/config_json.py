@@ -62,11 +62,12 @@ _UNET_FIXED = {
     "timestep_post_act": (None,),
     "upcast_attention": (False, ANY),
 }
+DOWN_BLOCK_TYPES = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)  # diffusers' default
 _UNET_READ = {
     "sample_size": 64,
     "in_channels": 4,
     "out_channels": 4,
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "down_block_types": DOWN_BLOCK_TYPES,
     "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     "block_out_channels": (320, 640, 1280, 1280),
     "layers_per_block": 2,

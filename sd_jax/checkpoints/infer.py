@@ -55,7 +55,7 @@ def infer(
         skip = 2 if said.penultimate else 1
         texts["text_encoder"] = dataclasses.replace(texts["text_encoder"], clip_skip=skip)
     pooled = texts["text_encoder_2"].projection_dim if "text_encoder_2" in texts else None
-    unet = _unet(parts["unet"], kind, pooled, where, said) if "unet" in parts else BASES[kind].unet
+    unet = unet_of(parts["unet"], kind, pooled, where, said) if "unet" in parts else BASES[kind].unet
     spec = SD_X4_UPSCALER if unet.num_class_embeds is not None else BASES[kind]
     spec = dataclasses.replace(spec, unet=unet, **texts)
     if "vae" in parts:
@@ -222,7 +222,14 @@ def _diffusers(shapes: _Shapes) -> _UNetNames:
     )
 
 
-def _unet(tensors: Mapping[str, Tensor], kind: str, pooled: int | None, where: str, said: Said) -> UNetConfig:
+def unet_of(
+    tensors: Mapping[str, Tensor],  # by CompVis' or diffusers' names; of a ControlNet, which is half a U-Net, as well
+    kind: str,
+    pooled: int | None,  # the width of the pooled text; None = unknown
+    where: str,
+    said: Said,
+) -> UNetConfig:
+    """Raises CheckpointError where the shapes are those of no U-Net that is known."""
     shapes = _Shapes(tensors, layout.NAMES["unet"], where)
     names = _compvis(shapes) if "input_blocks.0.0.weight" in shapes else _diffusers(shapes)
     widths = tuple(shapes.size(name, 0) for name in names.widths)
@@ -257,7 +264,7 @@ def _unet(tensors: Mapping[str, Tensor], kind: str, pooled: int | None, where: s
     return UNetConfig(
         sample_size=SD_X4_UPSCALER.unet.sample_size if classes is not None else BASES[kind].unet.sample_size,
         in_channels=shapes.size(names.conv_in, 1),
-        out_channels=shapes.size(names.conv_out, 0),
+        out_channels=shapes.size(names.conv_out, 0) if names.conv_out in shapes else shapes.size(names.conv_in, 1),
         block_out_channels=widths,
         attention_blocks=attends,
         layers_per_block=names.layers,

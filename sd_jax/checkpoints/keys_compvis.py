@@ -207,21 +207,24 @@ def names(part: str, config: Config, kind: str) -> dict[str, str]:
     wanted = layout.LAYOUTS[part](config)
     if part == "text_encoder":
         return {name: name for name in wanted}
-    modules = _unet_modules(config) if part == "unet" else _vae_modules(config)
+    modules = unet_modules(config) if part == "unet" else _vae_modules(config)
     placeless = ("add_embedding.",) if part == "unet" and config.addition_embed_type == "text" else ()
-    return {name: _translate(name, modules) for name in wanted if not name.startswith(placeless)}
+    return {name: translate(name, modules) for name in wanted if not name.startswith(placeless)}
 
 
-def _translate(name: str, modules: dict[str, str]) -> str:
-    """By the longest known module that begins the name."""
+def translate(name: str, modules: dict[str, str]) -> str:
+    """A tensor's name, by the longest known module that begins the name."""
     for end in reversed([i for i, letter in enumerate(name) if letter == "."]):
         if name[:end] in modules:
             return modules[name[:end]] + name[end:]
     raise KeyError(name)
 
 
-def _unet_modules(config: UNetConfig) -> dict[str, str]:
-    """With L = layers_per_block, input block 1 + i (L + 1) + j is layer j of down block i; j = L halves the size."""
+def unet_modules(config: UNetConfig) -> dict[str, str]:
+    """{diffusers' module: CompVis'}.
+
+    With L = layers_per_block, input block 1 + i (L + 1) + j is layer j of down block i; j = L halves the size.
+    """
     depth, layers = len(config.block_out_channels), config.layers_per_block
     modules = {
         "time_embedding.linear_1": "time_embed.0",

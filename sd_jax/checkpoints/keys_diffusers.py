@@ -18,7 +18,7 @@ from sd_jax.models.presets import CLIPTextConfig, VAEConfig
 
 # Lists of modules in torch, whose index we join with "_". (`linear_1` is a name of its own, not a list.)
 _LISTS = {"down_blocks", "up_blocks", "resnets", "attentions", "transformer_blocks", "downsamplers", "upsamplers"}
-_LISTS |= {"to_out", "net", "layers", "conv"}
+_LISTS |= {"to_out", "net", "layers", "conv", "blocks", "controlnet_down_blocks", "body"}
 
 _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -39,7 +39,7 @@ def from_diffusers(
     """
     tensors = _modern(tensors, config)
     layout.check(part, tensors, config, where)
-    return {our_name(name, tensor.ndim): _our_layout(name, tensor) for name, tensor in tensors.items()}
+    return {our_name(name, tensor.ndim): our_layout(name, tensor) for name, tensor in tensors.items()}
 
 
 def to_diffusers(
@@ -49,7 +49,7 @@ def to_diffusers(
     where: str,
 ) -> dict[str, Tensor]:
     """The inverse of `from_diffusers`, as strict."""
-    theirs = {their_name(name): _their_layout(name, tensor) for name, tensor in tensors.items()}
+    theirs = {their_name(name): their_layout(name, tensor) for name, tensor in tensors.items()}
     layout.check(part, theirs, config, where)
     return theirs
 
@@ -77,14 +77,16 @@ def their_name(name: str) -> str:
     return ".".join([*split, leaf if leaf in ("bias", "positional_embedding") else "weight"])
 
 
-def _our_layout(name: str, tensor: Tensor) -> Tensor:
+def our_layout(name: str, tensor: Tensor) -> Tensor:
+    """A tensor of diffusers' name, as torch has it, in our layout."""
     if tensor.ndim == 4:
         return tensor.transpose(2, 3, 1, 0)  # OIHW -> HWIO
     table = name.endswith(("_embedding.weight", "positional_embedding"))
     return tensor.transpose(1, 0) if tensor.ndim == 2 and not table else tensor
 
 
-def _their_layout(name: str, tensor: Tensor) -> Tensor:
+def their_layout(name: str, tensor: Tensor) -> Tensor:
+    """The inverse, of our name."""
     if tensor.ndim == 4:
         return tensor.transpose(3, 2, 0, 1)
     return tensor.transpose(1, 0) if tensor.ndim == 2 and name.endswith("/kernel") else tensor

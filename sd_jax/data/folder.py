@@ -49,8 +49,8 @@ class FolderSource:
 
     A picture's caption is in the metadata or in one file of its name, .txt or .caption: two are an error. Where all
     pictures lie in folders named "10_name class" (`repeats_of`), `repeats` says how often each counts, and those
-    without a caption have "name class". Pictures in a folder masks/, of the same names as others beside that folder,
-    are masks.
+    without a caption have "name class". Pictures in a folder masks/ or hints/, of the same names as others beside that
+    folder, are masks and hints.
     """
 
     def __init__(
@@ -63,14 +63,18 @@ class FolderSource:
         beside: bool = True,  # whether files and folders beside the metadata have captions; not of what is no caption
         from_names: bool = False,  # whether a picture without a caption is called by its own name, `words_of`
         masked: bool = False,  # whether records have a "mask", uint8 [height, width]
+        hinted: bool = False,  # whether records have a "hint", uint8 [height, width, 3]
     ):
-        self._root, self._at_least, self._masked = root, at_least, masked
+        self._root, self._at_least, self._masked, self._hinted = root, at_least, masked, hinted
         self._captioned = bool(caption_key)
         listed, spoken_for = _read_metadata(root, files, image_key, caption_key)
         pictures = {f for f in files if _is_picture(f)}
-        self._masks = {f: mask for f, mask in _masks_of(pictures | set(listed)).items() if mask not in listed}
-        masks = set(self._masks.values())
-        loose = pictures - set(listed) - masks
+        self._masks, self._hints = (
+            {f: beside for f, beside in _beside_pictures(pictures | set(listed), kind).items() if beside not in listed}
+            for kind in ("masks", "hints")
+        )
+        masks, hints = set(self._masks.values()), set(self._hints.values())
+        loose = pictures - set(listed) - masks - hints
         unlisted = {f for f in loose if spoken_for and any(f.startswith(folder) for folder in spoken_for)}
         if unlisted:
             logger.warning("%d pictures in %s are not in its metadata and are left out", len(unlisted), root)
@@ -80,6 +84,14 @@ class FolderSource:
         if not self._files:
             raise DataError(f"data.path={str(root)!r} holds no pictures ({', '.join(PICTURES)})")
         named = repeats_of(root, self._files) if beside else {}
+        if hints and not hinted:
+            logger.info("%d hints in %s are not read: they are for config.method='controlnet'", len(hints), root)
+        lacking = [f for f in self._files if f not in self._hints] if hinted else []
+        if lacking:
+            raise DataError(
+                f"{root / lacking[0]}: has no hint, one of {len(lacking)} such pictures of {len(self._files)}: put a "
+                "picture of its name into a folder hints/ beside it"
+            )
         # How often each picture counts in an epoch
         self.repeats = np.array([named[_folder_of(f)].times if named else 1 for f in self._files], np.int64)
         # Where captions are: in a file beside; else in `_told`, by metadata or names
@@ -113,8 +125,10 @@ class FolderSource:
     def __getitem__(self, index: int) -> dict:
         path = self._root / self._files[index]
         pixels = media.decode_image(path, at_least=self._at_least)
-        mask = {"mask": self._mask(index, pixels.shape[:2])} if self._masked else {}
-        return {"pixels": pixels, "fields": self.fields(index), "index": index, **mask}
+        beside = {"mask": self._mask(index, pixels.shape[:2])} if self._masked else {}
+        if self._hinted:
+            beside["hint"] = hint_of(self._root / self._hints[self._files[index]], pixels.shape[:2])
+        return {"pixels": pixels, "fields": self.fields(index), "index": index, **beside}
 
     def fields(self, index: int) -> tuple[tuple[str, ...], ...]:
         """Of a file beside, and of a name, one field alone."""
@@ -136,9 +150,10 @@ class FolderSource:
         return headers.full_size(self._root / self._files[index])
 
     def fingerprint(self) -> str:
-        """Of the pictures alone, and their masks: captions are read afresh every time."""
-        masks = [self._masks[file] for file in self._files if file in self._masks] if self._masked else []
-        return fingerprints.of_files(self._root / file for file in (*self._files, *masks))
+        """Of the pictures alone, their masks and hints: captions are read afresh every time."""
+        beside = [self._masks[file] for file in self._files if file in self._masks] if self._masked else []
+        beside += [self._hints[file] for file in self._files] if self._hinted else []
+        return fingerprints.of_files(self._root / file for file in (*self._files, *beside))
 
     def _mask(self, index: int, size: tuple[int, int]) -> UInt8[np.ndarray, "height width"]:
         """Of a picture that was decoded in this size: its own file, else its alpha channel, else white."""
@@ -147,10 +162,26 @@ class FolderSource:
             return _alpha(self._root / file, size)
         path = self._root / self._masks[file]
         pixels = media.decode_image(path)
-        if abs(pixels.shape[0] * size[1] - pixels.shape[1] * size[0]) > 0.02 * pixels.shape[0] * size[1]:
-            height, width = pixels.shape[:2]
-            raise BadImage(str(path), f"a mask of {width}x{height} for a picture of another shape, {size[1]}x{size[0]}")
+        _check_shape(path, "mask", pixels.shape[:2], size)
         return np.asarray(Image.fromarray(pixels).convert("L").resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def hint_of(
+    source: pathlib.Path | bytes,
+    size: tuple[int, int],  # height and width of its picture
+    name: str | None = None,  # for messages, of bytes
+) -> UInt8[np.ndarray, "height width 3"]:
+    """In the size of its picture. Raises BadImage where it is none, or of another shape."""
+    pixels = media.decode_image(source) if name is None else media.decode_image(source, name)
+    _check_shape(name or source, "hint", pixels.shape[:2], size)
+    return np.array(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.LANCZOS))
+
+
+def _check_shape(path: pathlib.Path | str, kind: str, found: tuple[int, int], size: tuple[int, int]) -> None:
+    (height, width), (wanted_height, wanted_width) = found, size
+    if abs(height * wanted_width - width * wanted_height) > 0.02 * height * wanted_width:
+        shape = f"{wanted_width}x{wanted_height}"
+        raise BadImage(str(path), f"a {kind} of {width}x{height} for a picture of another shape, {shape}")
 
 
 # -- What names say --------------------------------------------------------------------------------------------------
@@ -190,11 +221,11 @@ def words_of(file: str) -> str:
     return re.sub(r"\s*\(?\d+\)?$", "", " ".join(re.split(r"[\s_-]+", stem)).strip())
 
 
-def _masks_of(files: set[str]) -> dict[str, str]:
-    """Picture -> its mask, of those that have one."""
+def _beside_pictures(files: set[str], folder: str) -> dict[str, str]:
+    """Picture -> the one of its name in a folder beside it, "masks" or "hints", of those that have one."""
     stems = {os.path.splitext(file)[0]: file for file in sorted(files)}
-    at = lambda file: os.path.normpath(f"{file}/../masks/{os.path.splitext(os.path.basename(file))[0]}")  # noqa: E731
-    return {file: mask for file in files if (mask := stems.get(at(file)))}
+    at = lambda file: os.path.normpath(f"{file}/../{folder}/{os.path.splitext(os.path.basename(file))[0]}")  # noqa: E731
+    return {file: found for file in files if (found := stems.get(at(file)))}
 
 
 def _alpha(path: pathlib.Path, size: tuple[int, int]) -> UInt8[np.ndarray, "height width"]:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from sd_jax import media
-from sd_jax.data import DataError, fingerprints, headers
+from sd_jax.data import DataError, fingerprints, folder, headers
 from sd_jax.data.captions import CAPTION_KEYS, IMAGE_KEYS, choose_key, choose_keys, texts_of
 
 # How `datasets` calls its readers
@@ -32,14 +32,16 @@ _MEND = "give a folder of pictures, a parquet, arrow or tar file, or the name of
 logger = getLogger(__name__)
 
 
-def open_dataset(name: str, image_key: str, caption_key: str, at_least: int | None = None) -> "DatasetSource":
+def open_dataset(
+    name: str, image_key: str, caption_key: str, at_least: int | None = None, hint_key: str = ""
+) -> "DatasetSource":
     """Opens the split "train" of `name`, or its only one: a path here, a pattern such as `a/*.parquet`, or a hub name.
 
     Files are converted once to arrow in the Hugging Face cache and read from there.
     Raises FileNotFoundError where there is nothing of this name, DataError where it cannot be read or lacks a column.
     """
     dataset, base = _load(name)
-    return DatasetSource(dataset, name, base, image_key, caption_key, at_least)
+    return DatasetSource(dataset, name, base, image_key, caption_key, at_least, hint_key)
 
 
 class DatasetSource:
@@ -53,6 +55,7 @@ class DatasetSource:
         image_key: str,
         caption_key: str,  # names joined by commas; each may be nested, "json.caption"; "" = no captions
         at_least: int | None = None,  # as `media.decode_image` takes it
+        hint_key: str = "",  # the column of hints; "" = none are read
     ):
         import datasets
 
@@ -63,6 +66,11 @@ class DatasetSource:
         self._image_key = choose_key(image_key, columns, IMAGE_KEYS, "data.image_key", where)
         if isinstance(dataset.features[self._image_key], datasets.Image):
             dataset = dataset.cast_column(self._image_key, datasets.Image(decode=False))
+        if hint_key and hint_key not in columns:
+            raise DataError(f"{where}: no column {hint_key!r} of hints: config.control.hint_key names one of {columns}")
+        if hint_key and isinstance(dataset.features[hint_key], datasets.Image):
+            dataset = dataset.cast_column(hint_key, datasets.Image(decode=False))
+        self._hint_key = hint_key
         every = [*columns, *_nested(dataset.features)]
         keys = choose_keys(caption_key, every, CAPTION_KEYS, "data.caption_key", where)
         self._caption_paths = [_path(key, columns) for key in keys]
@@ -70,7 +78,8 @@ class DatasetSource:
         named = ["__key__"] if "__key__" in columns else []
         first = [path[0] for path in self._caption_paths]
         self._texts = dataset.select_columns(list(dict.fromkeys(first)))
-        self._records = dataset.select_columns(list(dict.fromkeys([self._image_key, *first, *named])))
+        read = [self._image_key, *[hint_key] * bool(hint_key), *first, *named]
+        self._records = dataset.select_columns(list(dict.fromkeys(read)))
         self._sizes = dataset.select_columns(list(dict.fromkeys(path[0] for path in self._size_paths)))
         self._name, self._base, self._at_least = name, base, at_least
         self._tell_of_empty_captions()
@@ -81,7 +90,11 @@ class DatasetSource:
     def __getitem__(self, index: int) -> dict:
         row = self._records[int(index)]
         pixels = media.decode_image(*self._picture(row, index), self._at_least)
-        return {"pixels": pixels, "fields": self._read_fields(row), "index": index}
+        record = {"pixels": pixels, "fields": self._read_fields(row), "index": index}
+        if not self._hint_key:
+            return record
+        hint, name = self._picture(row, index, self._hint_key)
+        return {**record, "hint": folder.hint_of(hint, pixels.shape[:2], f"{name}, {self._hint_key}")}
 
     def fields(self, index: int) -> tuple[tuple[str, ...], ...]:
         return self._read_fields(self._texts[int(index)]) if self._caption_paths else ()
@@ -97,7 +110,7 @@ class DatasetSource:
         return headers.told_sizes(told, size_of, f"{self._name}: the columns {names}")
 
     def full_size(self, index: int) -> tuple[int, int] | None:
-        path, data = self._file(self._records[int(index)])
+        path, data = self._file(self._records[int(index)], self._image_key)
         return headers.full_size(self._base / path if data is None else data)
 
     def fingerprint(self) -> str:
@@ -105,21 +118,23 @@ class DatasetSource:
         files = [pathlib.Path(file["filename"]) for file in self._records.cache_files]
         return fingerprints.digest(fingerprints.of_files(files), self._name, self._image_key, str(len(self)))
 
-    def _picture(self, row: dict, index: int) -> tuple[bytes | pathlib.Path, str]:
-        """A record's picture, in memory or as a file, and what it is called. Raises BadImage where there is none."""
-        path, data = self._file(row)
+    def _picture(self, row: dict, index: int, key: str = "") -> tuple[bytes | pathlib.Path, str]:
+        """A record's picture, or that of another column, in memory or as a file, and what it is called. Raises BadImage
+        where there is none."""
+        key = key or self._image_key
+        path, data = self._file(row, key)
         name = f"{self._name}, record {index}"
         if path or row.get("__key__"):
             name += f" ({path or row['__key__']})"
         if data is None and path is None:
-            value = row[self._image_key]
+            value = row[key]
             what = "is empty" if value is None else f"holds {type(value).__name__}, not a picture"
-            raise media.BadImage(name, f"column {self._image_key} {what}")
+            raise media.BadImage(name, f"column {key} {what}")
         return self._base / path if data is None else data, name
 
-    def _file(self, row: dict) -> tuple[str | None, bytes | None]:
+    def _file(self, row: dict, key: str) -> tuple[str | None, bytes | None]:
         """(path, content) of a record's picture; where there is content, the path only names it."""
-        value = row[self._image_key]
+        value = row[key]
         if isinstance(value, dict):
             return value.get("path"), value.get("bytes")
         return value if isinstance(value, str) else None, value if isinstance(value, bytes) else None

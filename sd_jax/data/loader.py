@@ -79,6 +79,7 @@ class Loader:
     them has "time_ids" as well (float32 [b, numbers], see `transforms.time_ids`). Where `config.data.rating_key` names
     a column, "rating" is what it says (float32 [b]). A source that is `Mixed` has "loss_weight" (float32 [b]). Where
     `config.diffusion.masked_loss` "mask" says how much of each pixel or moment counts (uint8 [b, h, w], 255 = wholly).
+    Records with a hint have it beside pixels, "hint" (uint8 [b, h, w, 3]).
     """
 
     def __init__(
@@ -287,8 +288,11 @@ class _Preparation:
         if "moments" in record:
             return example | {name: record[name] for name in ("moments", "time_ids", "mask") if name in record}
         flip = rng is not None and self._random_flip and bool(rng.random() < 0.5)
-        fitted = fit(record["pixels"], size, rng if self._random_crop else None, flip, record.get("mask"))
+        beside = {name: record.get(name) for name in ("mask", "hint")}
+        fitted = fit(record["pixels"], size, rng if self._random_crop else None, flip, **beside)
         example["pixels"] = fitted.pixels
+        if fitted.hint is not None:
+            example["hint"] = fitted.hint
         if self._masked:
             example["mask"] = np.full(size, 255, np.uint8) if fitted.mask is None else fitted.mask
         if self._num_time_ids:

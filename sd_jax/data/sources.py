@@ -3,7 +3,8 @@
 Every source has a length, and record i is {"pixels": uint8 [height, width, 3], "fields": its captions, "index": i},
 decoded when it is asked for. Of the columns that `config.data.caption_key` names, each has in "fields" a tuple of what
 it says of this record, as `captions.choose` reads it. A broken picture raises BadImage at that moment and not before.
-Where masks are read there is "mask" as well, uint8 [height, width], 255 where the picture counts.
+Where masks are read there is "mask" as well, uint8 [height, width], 255 where the picture counts; for methods that
+steer, "hint", uint8 [height, width, 3].
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from sd_jax.data import DataError, buckets, fingerprints, folder, hub, tars
 from sd_jax.data.shapes import ShapesWorld
+from sd_jax.data.shapes_maps import MAPS, draw_map
 
 Config = ConfigDict | FrozenConfigDict
 
@@ -72,7 +74,7 @@ def open_source(config: Config) -> Source:
         raise DataError("data.path is empty: give a folder of pictures, a data set's name, or 'shapes'")
     path = pathlib.Path(name).expanduser()
     files = folder.pictures_in(path) if name != "shapes" and path.is_dir() else []
-    masked = "diffusion" in config and config.diffusion.masked_loss
+    masked, hinted = "diffusion" in config and config.diffusion.masked_loss, "control" in config
     if masked and not files:
         raise DataError(
             f"config.diffusion.masked_loss: data.path={name!r} is no folder of pictures, and has no masks: set it to "
@@ -85,10 +87,12 @@ def open_source(config: Config) -> Source:
     at_least = max(2 * data.resolution, *(max(size) for size in buckets.make_sizes(data)))
     if files:
         beside = not data.get("rating_key")
-        return folder.FolderSource(path, files, *keys, at_least, beside, data.caption_from_names, masked)
+        return folder.FolderSource(path, files, *keys, at_least, beside, data.caption_from_names, masked, hinted)
     if found := tars.tars_of(name):
+        if hinted:
+            raise DataError(f"data.path={name!r}: tars have no hints: give a folder, or a set with such a column")
         return tars.TarSource(found, name, *keys, at_least)
-    return hub.open_dataset(name, *keys, at_least)
+    return hub.open_dataset(name, *keys, at_least, config.control.hint_key if hinted else "")
 
 
 def captions(source: Source, most: int = _MOST_CAPTIONS) -> Iterator[str]:
@@ -130,13 +134,19 @@ class ShapesSource:
             two_objects=float(data.two_objects),
             aspects=tuple(float(aspect) for aspect in data.aspects),
         )
+        self._map = config.control.hint_key if "control" in config else ""
+        if self._map and self._map not in MAPS:
+            raise DataError(
+                f"config.control.hint_key={self._map!r}: shapes world has {', '.join(MAPS)}; a folder has hints/"
+            )
 
     def __len__(self) -> int:
         return len(self.world)
 
     def __getitem__(self, index: int) -> dict:
         record = self.world[index]
-        return {"pixels": record["pixels"], "fields": ((record["caption"],),), "index": record["index"]}
+        hint = {"hint": draw_map(self._map, self.world.scene(index), self.world.size(index))} if self._map else {}
+        return {"pixels": record["pixels"], "fields": ((record["caption"],),), "index": record["index"], **hint}
 
     def fields(self, index: int) -> tuple[tuple[str, ...], ...]:
         return ((self.world.caption(index),),)
@@ -148,7 +158,8 @@ class ShapesSource:
         return None
 
     def fingerprint(self) -> str:
-        return fingerprints.digest(repr(self.world), fingerprints.code_of("data/shapes.py", "data/shapes_drawing.py"))
+        code = fingerprints.code_of("data/shapes.py", "data/shapes_drawing.py")
+        return fingerprints.digest(repr(self.world), code, *[self._map] * bool(self._map))
 
 
 class Subset:

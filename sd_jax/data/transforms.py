@@ -17,6 +17,7 @@ class Fitted(NamedTuple):
     pixels: UInt8[np.ndarray, "height width 3"]
     crop: tuple[int, int]  # pixels above it and left of it, in the whole picture as it was resized and mirrored
     mask: UInt8[np.ndarray, "height width"] | None = None  # cut as the picture is
+    hint: UInt8[np.ndarray, "height width 3"] | None = None  # likewise
 
 
 def draws(seed: int, index: int, position: int) -> np.random.Generator:
@@ -30,6 +31,7 @@ def fit(
     rng: np.random.Generator | None = None,  # cut at a random place; None = in the middle
     flip: bool = False,  # mirror it left to right
     mask: UInt8[np.ndarray, "height width"] | None = None,  # to be cut as the picture is
+    hint: UInt8[np.ndarray, "height width 3"] | None = None,  # likewise
 ) -> Fitted:
     """A picture resampled (Lanczos) to the least that covers `size` with its aspect kept, and cut to `size`."""
     whole = pixels.shape[:2]
@@ -50,7 +52,7 @@ def fit(
 
     begin = whole[1] - (left + part[1]) if flip else left  # in the picture as it is mirrored
     crop = (round(top * up / down), round(begin * up / down))
-    return Fitted(cut(pixels), crop, None if mask is None else cut(mask))
+    return Fitted(cut(pixels), crop, *(None if beside is None else cut(beside) for beside in (mask, hint)))
 
 
 def time_ids(

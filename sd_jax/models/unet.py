@@ -24,7 +24,7 @@ from sd_jax.models.layers import (
 from sd_jax.models.presets import UNetConfig
 from sd_jax.models.remat import wrapped
 from sd_jax.models.resnet import ResnetBlock
-from sd_jax.types import Conditioning
+from sd_jax.types import Conditioning, Control
 
 
 class _Block(nn.Module):
@@ -65,22 +65,29 @@ class _Block(nn.Module):
 
 
 class DownBlock(_Block):
-    """`layers_per_block` times (resnet, attention), then half the size; every state is also returned as a skip."""
+    """`layers_per_block` times (resnet, attention), then half the size; every state is also returned as a skip.
+
+    `feature`, where there is one, is added where T2I-Adapters were trained to (`Control.features`).
+    """
 
     attend: bool = True
     downsample: bool = True
 
     @nn.compact
-    def __call__(self, h, time, context):
+    def __call__(self, h, time, context, feature=None):
         skips = []
         for i in range(self.config.layers_per_block):
             h = self.resnet(i)(h, time)
             if self.attend:
                 h = self.attention(i)(h, context)
+                if feature is not None and i == self.config.layers_per_block - 1:
+                    h = h + feature
             skips.append(h)
         if self.downsample:
             h = Downsample(name="downsamplers_0", **self.types)(h)
             skips.append(h)
+        if feature is not None and not self.attend:
+            h = skips[-1] = h + feature
         return h, skips
 
 
@@ -147,8 +154,8 @@ class AttentionPooling(nn.Module):
         return attention(q, k, v).reshape(batch, width)
 
 
-class UNet(nn.Module):
-    """Predicts noise (or what the schedule's prediction_type says) from noisy latents, a timestep and a conditioning.
+class Encoder(nn.Module):
+    """The half of a U-Net that a ControlNet is a copy of.
 
     dtype: of the computation; param_dtype: of the parameters at initialisation; remat: what the backward pass
     computes again (a name in remat.py).
@@ -159,52 +166,42 @@ class UNet(nn.Module):
     param_dtype: Dtype = jnp.float32
     remat: str = "none"
 
-    @nn.compact
-    def __call__(
+    @property
+    def types(self):
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+    def encode(
         self,
         latents: Float[Array, "batch height width channels"],
-        timesteps: Float[Array, " batch"],
-        conditioning: Conditioning,
-    ) -> Float[Array, "batch height width out_channels"]:
-        """Of any height and width. Raises ValueError where latents have another number of channels than the config, or
-        the conditioning lacks what this family reads."""
+        time: Float[Array, "batch time_width"],  # of `embed_time`
+        context: Float[Array, "batch tokens wide"],
+        hint: Float[Array, "batch height width first"] | None = None,  # added to the first state
+        features: tuple[Array, ...] = (),  # `Control.features`
+    ) -> tuple[Array, list[Array]]:
+        """(what the middle block says, the state of every place that an up block reads)."""
         cfg = self.config
         depth = len(cfg.block_out_channels)
-        if latents.shape[-1] != cfg.in_channels:
-            found = latents.shape[-1]
-            raise ValueError(f"latents have {found} channels, this U-Net takes {cfg.in_channels} (unet.in_channels)")
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        h, context = latents.astype(self.dtype), conditioning.context.astype(self.dtype)
-        time = self.embed_time(timesteps, conditioning)
-
-        # Down
         # Constant channels from the start: the zero padding of later convolutions shows them where the border is
-        h = conv(cfg.block_out_channels[0], "conv_in", self, bias_init=nn.initializers.normal(1.0))(h)
+        h = conv(cfg.block_out_channels[0], "conv_in", self, bias_init=nn.initializers.normal(1.0))(latents)
+        h = h if hint is None else h + hint
         skips = [h]
-        for i, features in enumerate(cfg.block_out_channels):
+        for i, width in enumerate(cfg.block_out_channels):
             attend, last = cfg.attention_blocks[i], i == depth - 1
             block = DownBlock(
-                cfg, features, i, remat=self.remat, attend=attend, downsample=not last, name=f"down_blocks_{i}", **types
+                cfg,
+                width,
+                i,
+                remat=self.remat,
+                attend=attend,
+                downsample=not last,
+                name=f"down_blocks_{i}",
+                **self.types,
             )
-            h, new_skips = block(h, time, context)
+            h, new_skips = block(h, time, context, features[i] if features else None)
             skips += new_skips
-
-        # Middle
-        h = MidBlock(cfg, cfg.block_out_channels[-1], -1, remat=self.remat, name="mid_block", **types)(h, time, context)
-
-        # Up, mirrored
-        for i, features in enumerate(reversed(cfg.block_out_channels)):
-            level, last = depth - 1 - i, i == depth - 1
-            attend = cfg.attention_blocks[level]
-            block = UpBlock(
-                cfg, features, level, remat=self.remat, attend=attend, upsample=not last, name=f"up_blocks_{i}", **types
-            )
-            taken = [skips.pop() for _ in range(cfg.layers_per_block + 1)]
-            h = block(h, taken, time, context, skips[-1].shape[1:3] if skips else None)
-
-        # Out
-        h = GroupNorm(cfg.norm_num_groups, 1e-5, silu=True, name="conv_norm_out", **types)(h)
-        return conv(cfg.out_channels, "conv_out", self, kernel_init=ZEROS)(h)
+        width = cfg.block_out_channels[-1]
+        h = MidBlock(cfg, width, -1, remat=self.remat, name="mid_block", **self.types)(h, time, context)
+        return (h + features[depth] if len(features) > depth else h), skips
 
     def embed_time(
         self, timesteps: Float[Array, " batch"], conditioning: Conditioning
@@ -212,7 +209,7 @@ class UNet(nn.Module):
         """What every resnet is told: the timestep, and what else the family tells in a vector of that width."""
         cfg = self.config
         width = cfg.block_out_channels[0]
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        types = self.types
 
         def told(field: str, why: str):
             value = getattr(conditioning, field)
@@ -238,3 +235,45 @@ class UNet(nn.Module):
             facts = jnp.concatenate([pooled.astype(self.dtype), sinusoids.astype(self.dtype)], axis=-1)
             time = time + TimestepEmbedding(4 * width, name="add_embedding", **types)(facts)
         return time
+
+
+class UNet(Encoder):
+    """Predicts noise (or what prediction_type of the schedule says) from noisy latents, a timestep, a conditioning."""
+
+    @nn.compact
+    def __call__(
+        self,
+        latents: Float[Array, "batch height width channels"],
+        timesteps: Float[Array, " batch"],
+        conditioning: Conditioning,
+        control: Control | None = None,  # added from outside
+    ) -> Float[Array, "batch height width out_channels"]:
+        """Of any height and width. Raises ValueError where latents have another number of channels than the config, or
+        the conditioning lacks what this family reads."""
+        cfg, control = self.config, control or Control()
+        depth, types = len(cfg.block_out_channels), self.types
+        if latents.shape[-1] != cfg.in_channels:
+            found = latents.shape[-1]
+            raise ValueError(f"latents have {found} channels, this U-Net takes {cfg.in_channels} (unet.in_channels)")
+        context = conditioning.context.astype(self.dtype)
+        time = self.embed_time(timesteps, conditioning)
+
+        # Down and middle
+        h, skips = self.encode(latents.astype(self.dtype), time, context, features=control.features)
+        h = h if control.middle is None else h + control.middle
+        if control.skips:
+            skips = [skip + residual for skip, residual in zip(skips, control.skips, strict=True)]
+
+        # Up, mirrored
+        for i, features in enumerate(reversed(cfg.block_out_channels)):
+            level, last = depth - 1 - i, i == depth - 1
+            attend = cfg.attention_blocks[level]
+            block = UpBlock(
+                cfg, features, level, remat=self.remat, attend=attend, upsample=not last, name=f"up_blocks_{i}", **types
+            )
+            taken = [skips.pop() for _ in range(cfg.layers_per_block + 1)]
+            h = block(h, taken, time, context, skips[-1].shape[1:3] if skips else None)
+
+        # Out
+        h = GroupNorm(cfg.norm_num_groups, 1e-5, silu=True, name="conv_norm_out", **types)(h)
+        return conv(cfg.out_channels, "conv_out", self, kernel_init=ZEROS)(h)

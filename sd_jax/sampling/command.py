@@ -145,8 +145,8 @@ def carry_out(order: Order) -> Iterator[pathlib.Path]:
     made: dict[int, tuple[media.Picture, Recipe]] = {}
     with _Progress(pipe, steps * (best_of or 1), order) as progress:
         for batch, guide in zip(work, guides, strict=True):
-            inputs = image, mask, progress, batch.prompts, depth, refiner, guide, shown or None
-            make = lambda recipe, inputs=inputs: pipe.make(recipe, *inputs)  # noqa: E731
+            inputs = image, mask, progress, batch.prompts, depth, refiner, guide
+            make = lambda recipe, inputs=inputs: pipe.make(recipe, *inputs, image_prompt=shown or None)  # noqa: E731
             images, recipes, scores = _best_of(make, batch, clip, best_of, len(prompts) or len(batch.numbers))
             size = images.shape[2], images.shape[1]
             origin = dataclasses.replace(origin, job=job_of(batch.recipe, image, mask, spec=pipe.spec))

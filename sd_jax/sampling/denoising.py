@@ -25,6 +25,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from sd_jax import sharding
+from sd_jax.adapters.controlnet import ControlNet
+from sd_jax.adapters.t2i_adapter import T2IAdapter
 from sd_jax.diffusion import guidance, noise, noise_sources, samplers, schedules
 from sd_jax.diffusion.denoiser import make_denoiser
 from sd_jax.diffusion.inpainting import within_mask
@@ -32,8 +34,9 @@ from sd_jax.diffusion.predictions import along_batch, prediction
 from sd_jax.diffusion.samplers_ode import SamplerOptions
 from sd_jax.models.clip import CLIP
 from sd_jax.models.networks import Networks
-from sd_jax.sampling import adapters
+from sd_jax.sampling import adapters, control
 from sd_jax.sampling.conditioning import Rows, Told, of_call, tell
+from sd_jax.sampling.control import Hint, Seen, Steered
 from sd_jax.sampling.image_prompt import show
 from sd_jax.sampling.tiles import tiled_denoiser
 from sd_jax.types import AnyArray, Conditioning, Latents, Params, Recipe
@@ -63,6 +66,7 @@ class Given(NamedTuple):
     draws: Float[AnyArray, "draws batch h w c"] | None = None  # recorded noise of a stochastic sampler
     conditioning: Conditioning | None = None
     negative_conditioning: Conditioning | None = None
+    control: tuple[Hint, ...] = ()
     image_prompt: Any = None  # of the IP-Adapters that are on
 
 
@@ -120,6 +124,11 @@ def denoise(
     if latents.shape[1:] != shape:
         raise ValueError(f"latents have the shape {latents.shape[1:]}, pictures of this size {shape}")
 
+    # Hints
+    tile = _tile(pipe, recipe)
+    parts = 1 if told[0].weights is None else told[0].weights.shape[1]
+    controls, steered = control.steer(pipe, given.control, start.size, batch, parts, steps - begin, row.calls, tile)
+
     # Walk
     carry = _begin(
         latents,
@@ -145,16 +154,24 @@ def denoise(
         concat=None if start.concat is None else _for_each(start.concat, batch, "image"),
         clip=None if clip is None else _clip(pipe, clip, prompt, batch, recipe),
         adapters=None,
+        steered=steered,
     )
     for model, heard, first, last in zip(models, told, turns[:-1], turns[1:], strict=True):
+        steers = model is pipe  # not the refiner
+        own = run._replace(
+            told=heard,
+            adapters=adapters.of_unet(model.adapters, row.calls * recipe.steps),
+            steered=steered if steers else Steered(),
+        )
         walk = functools.partial(
             _walk,
             model._part("unet"),
-            run._replace(told=heard, adapters=adapters.of_unet(model.adapters, row.calls * recipe.steps)),
+            own,
             networks=model.networks,
             sampler=recipe.sampler,
-            tile=_tile(pipe, recipe),
+            tile=tile,
             clip=None if clip is None else clip.network,
+            controls=controls if steers else (),
         )
         if callback is None:
             carry = walk(carry, np.int32(first), np.int32(last)) if first < last else carry
@@ -339,6 +356,7 @@ class _Shown(NamedTuple):
 
     rows: Rows
     concat: Any
+    seen: tuple[Seen, ...]  # of each hint
 
 
 class _Clip(NamedTuple):
@@ -366,6 +384,7 @@ class _Run(NamedTuple):
     concat: Any
     clip: _Clip | None
     adapters: adapters.On | None  # of the U-Net
+    steered: Steered  # by hints
 
 
 # A program of its own: so the same noise, given by hand, makes the same picture to the bit
@@ -383,7 +402,7 @@ def _begin(latents, clean, ladder, begin, from_noise, *, sampler, momentum):
     return _Carry(state, jnp.zeros((), jnp.int32), jnp.zeros_like(x) if momentum else None)
 
 
-@functools.partial(sharding.jit, static_argnames=("networks", "sampler", "tile", "clip"))
+@functools.partial(sharding.jit, static_argnames=("networks", "sampler", "tile", "clip", "controls"))
 def _walk(
     params: Params,
     run: _Run,
@@ -395,6 +414,7 @@ def _walk(
     sampler: str,
     tile: int | None,
     clip: CLIP | None,
+    controls: tuple[ControlNet | T2IAdapter, ...],
 ) -> _Carry:
     """Steps first to last - 1. Only shapes, the sampler and which options are given compile anew."""
     call = jax.new_ref(carry.call)
@@ -402,24 +422,29 @@ def _walk(
 
     def predict(model_input, timesteps, shown: _Shown):
         conditioning = of_call(run.told.table, shown.rows, call[...])
+        added = control.control_of(
+            controls, run.steered.steering, shown.seen, call[...], model_input, timesteps, conditioning
+        )
         if shown.concat is not None:
             model_input = jnp.concatenate([model_input, shown.concat.astype(model_input.dtype)], axis=-1)
         unet = adapters.wearing(networks, run.adapters, call[...], shown.rows.pictures).unet
-        return unet.apply({"params": params}, model_input, timesteps, conditioning)
+        return unet.apply({"params": params}, model_input, timesteps, conditioning, added)
 
     def of_place(shown: _Shown, of_tile) -> _Shown:
-        return shown._replace(concat=None if shown.concat is None else of_tile(shown.concat))
+        seen = tuple(each._replace(read=of_tile(each.read)) for each in shown.seen)
+        return shown._replace(concat=None if shown.concat is None else of_tile(shown.concat), seen=seen)
 
     model = make_denoiser(predict, networks.spec.noise_schedule)
     if tile is not None:
         model = tiled_denoiser(model, tile, cut=of_place)
     weights = run.told.weights
     parts = 1 if weights is None else weights.shape[1]
-    positive = _Shown(run.told.positive, None if run.concat is None else jnp.repeat(run.concat, parts, axis=0))
+    concat = None if run.concat is None else jnp.repeat(run.concat, parts, axis=0)
+    positive = _Shown(run.told.positive, concat, run.steered.positive)
     if run.told.negative is None:
         bound = guidance.conditioned(model, positive)
     else:
-        negative = _Shown(run.told.negative, run.concat)
+        negative = _Shown(run.told.negative, run.concat, run.steered.negative)
         told_scale = networks.spec.unet.time_cond_proj_dim is not None  # and so only adds up the parts of a prompt
         guide = run.guidance._replace(scale=np.float32(1)) if told_scale else run.guidance
         rescale_in = networks.spec.noise_schedule.prediction_type

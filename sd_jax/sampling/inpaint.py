@@ -29,6 +29,8 @@ def inpaint(
     pixels, mask = _read(recipe, image, mask)
     box, part, part_mask = _worked_on(pipe, recipe, pixels, mask)
     start = _start(pipe, recipe, part, part_mask)
+    hints = tuple(hint.part(box, *pixels.shape[1:3]) for hint in given.control)
+    given = given._replace(control=hints)
     latents = denoise(pipe, prompt, recipe, start, given, callback, clip=clip)
     if output == "latents":
         return pipe.finish(latents, output)

@@ -27,6 +27,7 @@ from sd_jax.prompts.tokenize import Tokenizer, load_tokenizer
 from sd_jax.sampling import adapters, hires_fix, image_to_image, inpaint, text_to_image, upscale
 from sd_jax.sampling.clip import Clip
 from sd_jax.sampling.conditioning import refuse_untold, time_ids
+from sd_jax.sampling.control import Hint
 from sd_jax.sampling.denoising import Given, Start, check_finite, count_walked
 from sd_jax.sampling.tiles import choose_tile, decode_tiled, encode_tiled, free_memory
 from sd_jax.types import AnyArray, Conditioning, Image, Latents, Params, Pixels, Recipe, TokenIds
@@ -243,6 +244,7 @@ class Pipeline:
     #     noise                  the same by another name; or, with one axis more in front, recorded draws for a
     #                            stochastic sampler, [draws, batch, h, w, c], see `samplers.count_draws`
     #     conditioning           in place of prompts; negative_conditioning likewise
+    #     control                hints of ControlNets and T2I-Adapters, `sd_jax.load_control(path).hint(image)`
     #     image_prompt           what an IP-Adapter shows: a picture as in image_to_image (an array may hold one for
     #                            each that is made), or a list of such, which are shown at once; where several adapters
     #                            are on, a list with one of these for each
@@ -262,6 +264,7 @@ class Pipeline:
         noise: AnyArray | None = None,
         conditioning: Conditioning | None = None,
         negative_conditioning: Conditioning | None = None,
+        control: Hint | Sequence[Hint] = (),
         image_prompt: Any = None,
         output: str = "images",
         callback: Callable | None = None,
@@ -271,7 +274,7 @@ class Pipeline:
     ) -> np.ndarray:
         """Pictures of a prompt."""
         made = self._recipe("text_to_image", output, recipe, refiner, clip)
-        given = _given(latents, noise, conditioning, negative_conditioning, image_prompt)
+        given = _given(latents, noise, conditioning, negative_conditioning, control, image_prompt)
         return text_to_image.text_to_image(self, prompt, made, given, output, callback, refiner, clip)
 
     def image_to_image(
@@ -284,6 +287,7 @@ class Pipeline:
         noise: AnyArray | None = None,
         conditioning: Conditioning | None = None,
         negative_conditioning: Conditioning | None = None,
+        control: Hint | Sequence[Hint] = (),
         image_prompt: Any = None,
         output: str = "images",
         callback: Callable | None = None,
@@ -295,7 +299,7 @@ class Pipeline:
         Raises media.BadImage for a file that is no picture.
         """
         made = self._recipe("image_to_image", output, recipe, clip=clip)
-        given = _given(latents, noise, conditioning, negative_conditioning, image_prompt)
+        given = _given(latents, noise, conditioning, negative_conditioning, control, image_prompt)
         return image_to_image.image_to_image(self, prompt, made, image, depth, given, output, callback, clip)
 
     def inpaint(
@@ -308,6 +312,7 @@ class Pipeline:
         noise: AnyArray | None = None,
         conditioning: Conditioning | None = None,
         negative_conditioning: Conditioning | None = None,
+        control: Hint | Sequence[Hint] = (),
         image_prompt: Any = None,
         output: str = "images",
         callback: Callable | None = None,
@@ -319,7 +324,7 @@ class Pipeline:
         Raises ValueError for a mask of another size than the image's, media.BadImage for a file that is no picture.
         """
         made = self._recipe("inpaint", output, recipe, clip=clip)
-        given = _given(latents, noise, conditioning, negative_conditioning, image_prompt)
+        given = _given(latents, noise, conditioning, negative_conditioning, control, image_prompt)
         return inpaint.inpaint(self, prompt, made, image, mask, given, output, callback, clip)
 
     def hires_fix(
@@ -330,6 +335,7 @@ class Pipeline:
         noise: AnyArray | None = None,
         conditioning: Conditioning | None = None,
         negative_conditioning: Conditioning | None = None,
+        control: Hint | Sequence[Hint] = (),
         image_prompt: Any = None,
         output: str = "images",
         callback: Callable | None = None,
@@ -338,7 +344,7 @@ class Pipeline:
     ) -> np.ndarray:
         """Pictures `scale` times as large as width and height: made, enlarged, and denoised a part of the way again."""
         made = self._recipe("hires_fix", output, recipe, clip=clip)
-        given = _given(latents, noise, conditioning, negative_conditioning, image_prompt)
+        given = _given(latents, noise, conditioning, negative_conditioning, control, image_prompt)
         return hires_fix.hires_fix(self, prompt, made, given, output, callback, clip)
 
     def upscale(
@@ -351,6 +357,7 @@ class Pipeline:
         noise: AnyArray | None = None,
         conditioning: Conditioning | None = None,
         negative_conditioning: Conditioning | None = None,
+        control: Hint | Sequence[Hint] = (),
         image_prompt: Any = None,
         output: str = "images",
         callback: Callable | None = None,
@@ -364,7 +371,7 @@ class Pipeline:
         Raises ValueError for a model that is no upscaler, media.BadImage for a file that is no picture.
         """
         made = self._recipe("upscale", output, recipe)
-        given = _given(latents, noise, conditioning, negative_conditioning, image_prompt)
+        given = _given(latents, noise, conditioning, negative_conditioning, control, image_prompt)
         return upscale.upscale(self, prompt, made, image, image_noise, given, output, callback)
 
     def make(
@@ -377,6 +384,7 @@ class Pipeline:
         depth: Any = None,
         refiner: "Pipeline | None" = None,
         clip: Clip | None = None,
+        control: Hint | Sequence[Hint] = (),
         image_prompt: Any = None,
     ) -> np.ndarray:
         """The pictures of a recipe, by the job that it and what is given with it mean (`job_of`).
@@ -388,7 +396,7 @@ class Pipeline:
         inputs["image_prompt"] = image_prompt
         inputs = {name: value for name, value in inputs.items() if value is not None}
         fields = _fields(recipe) | ({} if prompts is None else {"prompt": prompts})
-        return getattr(self, job)(callback=callback, **inputs, **fields)
+        return getattr(self, job)(callback=callback, control=control, **inputs, **fields)
 
     def steps_of(
         self,
@@ -500,7 +508,7 @@ def _fields(recipe: Recipe) -> dict[str, Any]:
     return {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
 
 
-def _given(latents, noise, conditioning, negative_conditioning, image_prompt) -> Given:
+def _given(latents, noise, conditioning, negative_conditioning, control, image_prompt) -> Given:
     draws = None
     if noise is not None and np.ndim(noise) == 5:
         draws = noise
@@ -508,7 +516,10 @@ def _given(latents, noise, conditioning, negative_conditioning, image_prompt) ->
         if latents is not None:
             raise ValueError("latents and noise are both the starting noise: give one of them")
         latents = noise
-    return Given(latents, draws, conditioning, negative_conditioning, image_prompt)
+    hints = (control,) if isinstance(control, Hint) else tuple(control)
+    if not all(isinstance(each, Hint) for each in hints):
+        raise ValueError("control= takes what `sd_jax.load_control(path).hint(image)` makes, one or several")
+    return Given(latents, draws, conditioning, negative_conditioning, hints, image_prompt)
 
 
 def _on_device(tree: Params, dtype: str, where: str | pathlib.Path) -> Params:

@@ -32,7 +32,7 @@ def method_of(adapting: Adapting, check: Callable, loss: Callable = full.FULL.lo
 
     def worn(function, drops: bool):
         def of(context: Context, params: Params, batch: Batch, keys: Keys):
-            return function(*adapting.wear(context, params, keys if drops else None), batch, keys)
+            return function(*adapting.wear(context, params, batch, keys if drops else None), batch, keys)
 
         return of
 
@@ -75,7 +75,7 @@ def _layers(config: ConfigDict, spec: ModelSpec, trained: Params):
     return lora.join(trained, fixed)
 
 
-def _wear(context: Context, params: Params, keys: Keys | None) -> tuple[Context, Params]:
+def _wear(context: Context, params: Params, batch: Batch, keys: Keys | None) -> tuple[Context, Params]:
     networks = context.networks
     layers = _layers(context.config, networks.spec, params["adapter"])
     return context._replace(networks=hooked(networks, [(layers, jnp.float32(1))])), params

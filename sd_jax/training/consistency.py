@@ -60,7 +60,7 @@ def _loss(context: Context, params: Params, batch: Batch, keys: Keys):
     x_m = jax.lax.stop_gradient(guided + (x_n - guided) * along_batch(sigma_m / sigma_n, x_n))
 
     # Student
-    student_context, student_params = LORA.adapting.wear(context, params, keys)
+    student_context, student_params = LORA.adapting.wear(context, params, batch, keys)
     student = denoiser(student_context, student_params)
     heard = conditioning.told_and_empty(student_context, student_params, batch)[0]
     answer = _consistent(student, x_n, sigma_n, t_n, heard)

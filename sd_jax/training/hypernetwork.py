@@ -22,7 +22,7 @@ from sd_jax.sampling import adapters
 from sd_jax.training import full
 from sd_jax.training.adapting import as_it_is, method_of
 from sd_jax.training.context import ADAPTER, Context, Keys
-from sd_jax.training.method import Adapting
+from sd_jax.training.method import Adapting, Batch
 from sd_jax.types import Params
 
 
@@ -49,7 +49,7 @@ def _init(config: ConfigDict, networks: Networks, key: Any, loaded: Params) -> P
     return _made(config, networks.spec, key).layers
 
 
-def _wear(context: Context, params: Params, keys: Keys | None) -> tuple[Context, Params]:
+def _wear(context: Context, params: Params, batch: Batch, keys: Keys | None) -> tuple[Context, Params]:
     worn = _with(context.config, context.networks.spec, params["adapter"])
     drawn = None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, ADAPTER))(keys)
     return context._replace(networks=hooked(context.networks, [(worn, jnp.float32(1))], drawn)), params

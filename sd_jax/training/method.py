@@ -10,6 +10,7 @@ Batches hold, as far as the method reads it (`Method.reads`),
     rating     float32 [batch], for "ratings"
     loss_weight  float32 [batch], where other pictures are mixed in (`data/mixed.py`)
     mask       uint8 [batch, height, width], or [batch, h, w] beside moments, where `config.diffusion.masked_loss`
+    hint       uint8 [batch, height, width, 3], for methods that train a control
     slot       int32 [batch], each image's place in the global batch
     step       int32 [], optimiser steps done before this one; in training alone
 """
@@ -37,8 +38,8 @@ class Adapting(NamedTuple):
     # (config, spec, loaded parts, tokenizer) -> the same with what the adapter brings, before anything is compiled
     prepare: Callable[[ConfigDict, ModelSpec, Params, Any], tuple[ModelSpec, Params, Any]]
     init: Callable[[ConfigDict, Networks, Any, Params], Params]  # (config, networks, a random key, loaded parts)
-    # (context, parameters, keys of its dropout or None for none) -> context and parameters with it on
-    wear: Callable[[Context, Params, Keys | None], tuple[Context, Params]]
+    # (context, parameters, batch, keys of its dropout or None for none) -> context and parameters with it on
+    wear: Callable[[Context, Params, Batch, Keys | None], tuple[Context, Params]]
     put_on: Callable[[ConfigDict, Any, Params], Any]  # (config, pipeline, the adapter) -> a pipeline with it on
     save: Callable[[ConfigDict, Any, Params, pathlib.Path], None]  # (config, model, the adapter, the workdir)
 

@@ -7,6 +7,7 @@ from sd_jax.training.aesthetic import AESTHETIC
 from sd_jax.training.autoencoder import AUTOENCODER
 from sd_jax.training.consistency import LCM_LORA
 from sd_jax.training.contrastive import CLIP
+from sd_jax.training.control import CONTROL
 from sd_jax.training.dreambooth import DREAMBOOTH
 from sd_jax.training.features import FEATURES
 from sd_jax.training.full import FULL
@@ -22,6 +23,8 @@ METHODS = {
     "lcm_lora": LCM_LORA,
     "textual_inversion": TEXTUAL_INVERSION,
     "hypernetwork": HYPERNETWORK,
+    "controlnet": CONTROL,
+    "t2i_adapter": CONTROL,
     "autoencoder": AUTOENCODER,
     "super_resolution": SUPER_RESOLUTION,
     "clip": CLIP,

@@ -7,6 +7,7 @@ from sd_jax import media
 from sd_jax.diffusion.low_resolution import make_small
 from sd_jax.models.vae import to_image, to_pixels
 from sd_jax.sampling.pipeline import Pipeline
+from sd_jax.training import control
 from sd_jax.training.methods import method_of
 from sd_jax.training.start import Model
 from sd_jax.types import Conditioning, Params
@@ -19,7 +20,8 @@ SHOWN = 12  # pictures that are shown again
 
 def draw(config: ConfigDict, model: Model, params: Params, batch: dict[str, np.ndarray]) -> np.ndarray:
     """A sheet, uint8 [height, width, 3]. An autoencoder shows pictures of `batch` and, below, what it makes of them; a
-    model that enlarges shows them made small, what it makes of those, and them."""
+    model that enlarges shows them made small, what it makes of those, and them; a control its hints, what it makes of
+    them with the same captions, and the pictures that they are of."""
     params = dict(params)
     adapter = params.pop("adapter", None)
     pipe = Pipeline(model.networks.spec, params, model.tokenizer, config.dtype)
@@ -37,6 +39,8 @@ def draw(config: ConfigDict, model: Model, params: Params, batch: dict[str, np.n
         "guidance_scale": recipe.guidance_scale,
         "seed": SEED,
     }
+    if adapter is not None and "control" in config:
+        return _steered(pipe, control.model_of(config, model.networks.spec, adapter), batch, fields)
     if config.method == "super_resolution":
         return _enlarged(pipe, config.super_resolution.factor, batch, fields)
     size = config.data.resolution
@@ -44,13 +48,23 @@ def draw(config: ConfigDict, model: Model, params: Params, batch: dict[str, np.n
     return media.contact_sheet(images, captions=recipe.prompts)
 
 
+def _told(pipe, batch) -> Conditioning:
+    """What the captions of the pictures that are shown say."""
+    if "input_ids" in batch:
+        return pipe.encode_tokens(batch["input_ids"][:SHOWN])
+    return Conditioning(**{name: batch[name][:SHOWN] for name in ("context", "pooled") if name in batch})
+
+
+def _steered(pipe, steering, batch, fields) -> np.ndarray:
+    hints, real = batch["hint"][:SHOWN], batch["pixels"][:SHOWN]
+    size = {"height": real.shape[1], "width": real.shape[2]}
+    made = pipe.text_to_image(control=steering.hint(hints), conditioning=_told(pipe, batch), **size, **fields)
+    return media.contact_sheet(np.concatenate([hints, made, real]), columns=len(real))
+
+
 def _enlarged(pipe, factor, batch, fields) -> np.ndarray:
     large = batch["pixels"][:SHOWN]
     small = np.asarray(to_pixels(make_small(to_image(large), factor)))
-    if "input_ids" in batch:
-        told = pipe.encode_tokens(batch["input_ids"][:SHOWN])
-    else:
-        told = Conditioning(**{name: batch[name][:SHOWN] for name in ("context", "pooled") if name in batch})
-    made = pipe.upscale(small, conditioning=told, height=large.shape[1], width=large.shape[2], **fields)
+    made = pipe.upscale(small, conditioning=_told(pipe, batch), height=large.shape[1], width=large.shape[2], **fields)
     shown = small.repeat(factor, axis=1).repeat(factor, axis=2)
     return media.contact_sheet(np.concatenate([shown, made, large]), columns=len(large))

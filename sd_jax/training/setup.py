@@ -141,6 +141,8 @@ def batch_shapes(config: ConfigDict, method: Method, networks: Networks, size: t
         shapes["pixels"] = shape(height, width, 3, dtype=np.uint8)
     if "diffusion" in config and config.diffusion.masked_loss:
         shapes["mask"] = shape(h, w, dtype=np.uint8)
+    if "control" in config:
+        shapes["hint"] = shape(height, width, 3, dtype=np.uint8)
     if mixed.mixes(config):
         shapes["loss_weight"] = shape(dtype=np.float32)
     if "ratings" in method.reads:

@@ -24,7 +24,7 @@ from sd_jax.models.presets import ModelSpec
 from sd_jax.training import full
 from sd_jax.training.adapting import method_of
 from sd_jax.training.context import Context, Keys
-from sd_jax.training.method import Adapting
+from sd_jax.training.method import Adapting, Batch
 from sd_jax.types import Params
 
 _TABLE = ("text_model", "embeddings", "token_embedding", "embedding")
@@ -55,7 +55,7 @@ def _init(config: ConfigDict, networks: Networks, key: Any, loaded: Params) -> P
     return jax.tree.map(lambda x: x.astype(jnp.float32), rows)  # small updates do not fit into half precision
 
 
-def _wear(context: Context, params: Params, keys: Keys | None) -> tuple[Context, Params]:
+def _wear(context: Context, params: Params, batch: Batch, keys: Keys | None) -> tuple[Context, Params]:
     return context, _with_rows(params, params["adapter"])
 
 
