@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, UInt8
 
 from sd_jax import sharding
 from sd_jax.adapters.ip_adapter import IPAdapter, project
-from sd_jax.checkpoints.beside import open_vision
+from sd_jax.checkpoints.beside import open_beside
 from sd_jax.checkpoints.errors import CheckpointError
 from sd_jax.checkpoints.place import place
 from sd_jax.data.clip_pixels import preprocess
@@ -50,24 +50,32 @@ class ImageEncoder:
     ) -> Float[Array, "pictures_plus_1 tokens width"]:
         """What the adapter makes of each picture, and at last of none; float32."""
         squares = preprocess(pictures, self.config, cut="transformers")
-        return _tokens(self.network, self.params, adapter.projection, squares)
+        return _tokens(self.network, self.params, adapter, squares)
 
 
 @functools.partial(sharding.jit, static_argnums=0)
-def _tokens(network, params, projection, squares):
-    if "latents" in projection:
+def _tokens(network, params, adapter, squares):
+    return project(adapter.projection, features_of(network, params, adapter.kind, squares))
+
+
+def features_of(
+    network: CLIPVision,
+    params: Params,
+    kind: str,  # of the IP-Adapter that reads them
+    squares: Float[Array, "pictures size size 3"],  # as the network reads them
+) -> Float[Array, "pictures_plus_1 width"] | Float[Array, "pictures_plus_1 states width"]:
+    """f or h of adapters/ip_adapter.py, of each picture and at last of none; float32."""
+    if kind == "plus":
         squares = jnp.concatenate([squares, jnp.zeros_like(squares[:1])])
-        features = network.apply({"params": params}, squares).before_last
-    else:
-        features = network.apply({"params": params}, squares).pooled
-        features = jnp.concatenate([features, jnp.zeros_like(features[:1])])
-    return project(projection, features.astype(jnp.float32))
+        return network.apply({"params": params}, squares).before_last.astype(jnp.float32)
+    features = network.apply({"params": params}, squares).pooled.astype(jnp.float32)
+    return jnp.concatenate([features, jnp.zeros_like(features[:1])])
 
 
 def encoder_for(
     adapter: IPAdapter,
     source: str,  # of the adapter: its file
-    given: Any,  # an ImageEncoder, or a path that `open_vision` takes; None = one beside the file
+    given: Any,  # an ImageEncoder, or a path of an "image_encoder" (`open_beside`); None = one beside the file
     known: Sequence[ImageEncoder],  # that are loaded already
     dtype: str,
 ) -> ImageEncoder:
@@ -78,7 +86,7 @@ def encoder_for(
     for encoder in known:
         if encoder.source == str(path):
             return _fitting(adapter, encoder, source)
-    opened = open_vision(path)
+    opened = open_beside("image_encoder", path)
     params = place(opened.params, dtype, where=path)
     return _fitting(adapter, ImageEncoder(opened.config, params, dtype, str(path)), source)
 
@@ -89,7 +97,7 @@ def _beside(adapter: IPAdapter, source: str) -> pathlib.Path:
     beside = [file.parent / name for name in _BESIDE] if file.is_file() else []
     there = [path for path in beside if (path / "config.json").is_file()]
     for path in there:
-        if ImageEncoder(open_vision(path).config, {}).width_for(adapter.kind) == adapter.width_in:
+        if ImageEncoder(open_beside("image_encoder", path).config, {}).width_for(adapter.kind) == adapter.width_in:
             return path
     found = f"{', '.join(map(str, there))} is not as wide" if there else f"no folder {FOLDER} is beside it"
     raise CheckpointError(
