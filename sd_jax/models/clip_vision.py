@@ -63,8 +63,9 @@ class _VisionModel(nn.Module):
         types = (self.dtype, self.param_dtype)
         x = _Embeddings(self.config, *types, name="embeddings")(images)
         x = layer_norm(self.config, "pre_layrnorm", self)(x)
-        *_, before, tokens = Encoder(self.config, False, *types, self.remat, name="encoder")(x)
-        return ImageStates(tokens, layer_norm(self.config, "post_layernorm", self)(tokens[:, 0]), before)
+        states = Encoder(self.config, False, *types, self.remat, name="encoder")(x)
+        pooled = layer_norm(self.config, "post_layernorm", self)(states[-1][:, 0])
+        return ImageStates(states[-1], pooled, states[-2:][0])
 
 
 class CLIPVision(nn.Module):
