@@ -9,6 +9,7 @@ what is not given has the field's default, or the model's own.
     --clip=PATH --best_of=8                      of eight candidates each, that which a CLIP finds nearest the prompt
     --adapter=FILE:0.8 --adapter=OTHER           a LoRA or its kin, or a hypernetwork, on the model; several add up
     --control=PATH:MAP:0.8                       a ControlNet or T2I-Adapter follows a map; several add up
+    --adapter=IP_ADAPTER --image_prompt=PICTURE  what a picture shows, beside the prompt; one for each IP-Adapter
     --embeddings=DIR                             words of textual inversion, for prompts to say
     --adapter_folder=DIR                         where `<lora:name:0.8>` in a prompt finds its file
     --recipe=PICTURE                             make that picture again; other flags win over its recipe
@@ -31,6 +32,9 @@ for name, text in (LOADING | {"init_image": "The picture to start from."} | INPU
     flags.DEFINE_string(name, {"dtype": "float32", "weights": "ema"}.get(name), text)
 flags.DEFINE_multi_string("adapter", [], "PATH, PATH:STRENGTH or PATH:STRENGTH:TEXT_STRENGTH; may be given again.")
 flags.DEFINE_multi_string("control", [], "PATH:IMAGE, and :STRENGTH, and :START:END; may be given again.")
+flags.DEFINE_multi_string(
+    "image_prompt", [], "A picture that an IP-Adapter shows; again for each, or for the only one."
+)
 flags.DEFINE_integer("best_of", None, "Candidates for each picture, of which the CLIP keeps the nearest to its prompt.")
 flags.DEFINE_string("out", "samples", "The folder that pictures are written to.")
 flags.DEFINE_enum("format", "png", FORMATS, "Of the pictures.")
@@ -58,7 +62,7 @@ def main(argv: list[str]) -> None:
     try:
         fields = {name: read_value(name, str(value)) for name, value in given(FIELDS).items()}
         files = {"image": options.init_image, "out": pathlib.Path(options.out), "adapters": options.adapter}
-        files |= given((*INPUTS, "best_of", "control"))
+        files |= {"image_prompts": options.image_prompt} | given((*INPUTS, "best_of", "control"))
         for path in carry_out(Order(fields, given(LOADING), format=options.format, previews=options.previews, **files)):
             print(path)
     except (ValueError, OSError, FloatingPointError) as error:

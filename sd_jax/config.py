@@ -10,7 +10,14 @@ import pathlib
 from ml_collections import ConfigDict
 
 CONTROLS = ("controlnet", "t2i_adapter")  # methods that learn to steer a model by pictures
-ADAPTING = ("lora", "lcm_lora", "textual_inversion", "hypernetwork", *CONTROLS)  # that leave the model as it is
+ADAPTING = (
+    "lora",
+    "lcm_lora",
+    "textual_inversion",
+    "hypernetwork",
+    "ip_adapter",
+    *CONTROLS,
+)  # they leave the model as it is
 
 
 def parse_arg(arg: str | None, **defaults) -> ConfigDict:
@@ -213,6 +220,11 @@ def training_defaults(method: str) -> ConfigDict:
         config.hypernetwork.layer_norm = False
         config.hypernetwork.weight_init = "normal"
         config.hypernetwork.dropout = ()  # shares that training drops, at each place of the structure, e.g. (0, 0.3, 0)
+    elif method == "ip_adapter":
+        config.init_clip = ""  # through which it sees: any path that load_clip takes, or a folder image_encoder
+        config.ip_adapter = ConfigDict({"kind": "base"})  # or "plus": adapters/ip_adapter.py
+        config.ip_adapter.image_dropout = 0.1  # share of the images that it is not shown; see training/ip_adapter.py
+        config.diffusion.caption_dropout = 0.1
     if method in CONTROLS:
         config.control = ConfigDict({"format": "diffusers"})  # of what the run leaves; or "single_file"
         config.control.hint_key = "conditioning_image"  # the column of hints; in a folder they lie in hints/

@@ -3,6 +3,7 @@
     y = f(x; W) + t s B (A x)          LoRA and LoCon, at the layers that it names             (1)
     y = f(x; W + t dW)                 the others of the family, by `deltas.merge`              (2)
     y = f(x + t h(x); W)               hypernetworks, before the keys and values of attention   (3)
+    y = f(x + t Attn(q, c); W)         IP-Adapters, before the last layer of cross-attention    (4)
 
 (1) costs little, and no gradient of W is ever formed. Linen tells an interceptor the path of the layer that is called
 (`flax.linen.intercept_methods`), within `jit` and remat alike. Weights and strengths are arguments of the compiled
@@ -18,19 +19,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from sd_jax.adapters import deltas, hypernetwork
+from sd_jax.adapters import deltas, hypernetwork, ip_adapter
 from sd_jax.adapters.deltas import Entry, Layers, Strength
 from sd_jax.adapters.hypernetwork import Hypernetwork
+from sd_jax.adapters.ip_adapter import IPAdapter
 from sd_jax.models.networks import Networks
 from sd_jax.types import Params
 
-Adapter = Layers | Hypernetwork
+Adapter = Layers | Hypernetwork | IPAdapter
 PARTS = ("unet", "text_encoder", "text_encoder_2")  # that adapters change
 
 
 def parts_of(adapter: Adapter) -> tuple[str, ...]:
-    """The parts of a model that it changes. A hypernetwork's are the U-Net's alone."""
-    return ("unet",) if isinstance(adapter, Hypernetwork) else tuple(adapter)
+    """The parts of a model that it changes: those of its layers, or the U-Net alone."""
+    return tuple(adapter) if isinstance(adapter, Mapping) else ("unet",)
 
 
 def hooked(
@@ -59,7 +61,9 @@ class _Hooked:
     def __init__(self, module: nn.Module, part: str, adapters: Sequence[tuple[Adapter, Strength]], keys: Any):
         self._module, self._keys = module, keys
         self._hypernetworks = [(a, t) for a, t in adapters if isinstance(a, Hypernetwork)]
-        layers = [(a[part], t) for a, t in adapters if not isinstance(a, Hypernetwork)]
+        self._shown = [(a, t) for a, t in adapters if isinstance(a, IPAdapter)]
+        self._queries: dict[tuple[str, ...], Any] = {}  # of cross-attentions, between their first layer and their last
+        layers = [(a[part], t) for a, t in adapters if isinstance(a, Mapping)]
         chosen = lambda low: [  # noqa: E731
             ({path: entry for path, entry in a.items() if deltas.is_low_rank(entry) == low}, t) for a, t in layers
         ]
@@ -81,11 +85,17 @@ class _Hooked:
             for number, (network, strength) in enumerate(self._hypernetworks):
                 own = _folded(self._keys, f"{number}/{'/'.join(path[:-1])}")
                 x = hypernetwork.apply(network.replace(strength=strength), x, path[-1][-1], x.shape[-1], own)
+        if self._shown and path[-2:] == ("attn2", "to_out_0"):
+            q = self._queries.pop(path[:-1])
+            for adapter, strength in self._shown:
+                x = x + ip_adapter.attend(adapter, strength, "/".join(path[:-1]), q, module.parent.heads)
         y = call(x, **kwargs)
         for entries, strength in self._added:
             entry = entries.get("/".join(path))
             if entry is not None:
                 y = y + low_rank(x.astype(y.dtype), entry, strength, module)
+        if self._shown and path[-2:] == ("attn2", "to_q"):
+            self._queries[path[:-1]] = y
         return y
 
 

@@ -1,9 +1,10 @@
 """What is trained beside a text-to-image model (`presets.BESIDE`) -> its description, parameters and tokenizer.
 
-clip          a workdir of ours, or any CLIP that `checkpoints/clip.py` opens
-perceptual    a workdir of method "features", or two files joined by a comma, torchvision's VGG16 and LPIPS' weights
-aesthetic     a workdir of ours, or a file of LAION's layout
-others        a workdir of ours
+clip           a workdir of ours, or any CLIP that `checkpoints/clip.py` opens
+image_encoder  its vision tower alone, of all these or of what `clip.open_vision` opens besides
+perceptual     a workdir of method "features", or two files joined by a comma, torchvision's VGG16 and LPIPS' weights
+aesthetic      a workdir of ours, or a file of LAION's layout
+others         a workdir of ours
 """
 
 import os
@@ -31,10 +32,16 @@ def open_beside(part: str, path: str | os.PathLike, weights: str = "ema") -> Bes
         vgg16, lins = str(path).split(",", 1)
         return Beside(FeaturesConfig(), judges.load_lpips(vgg16.strip(), lins.strip()))
     if detect.native_location(Path(path)) is not None:
+        if part == "image_encoder":
+            found = _native("clip", path, weights)
+            return Beside(found.config, clip.vision_of(found.params))
         return _perceptual(path, weights) if part == "perceptual" else _native(part, path, weights)
     if part == "clip":
         opened = clip.open_clip(path)
         return Beside(opened.config, opened.params, None if opened.tokenizer is None else str(opened.tokenizer))
+    if part == "image_encoder":
+        opened = clip.open_vision(path)
+        return Beside(opened.config, opened.params)
     if part == "aesthetic":
         config, variables = aesthetic.load(path)
         return Beside(config, variables["params"])

@@ -12,7 +12,7 @@ as theirs, which tells itself. A file of others is what the config beside it say
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ FORMATS = ("transformers", "open_clip", "single_file")
 _OPEN_CONFIG = "open_clip_config.json"
 _OPEN_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.safetensors")
 _PICKLED = (".pt", ".pth", ".bin")
+_VISION_TYPE = "clip_vision_model"  # of transformers' config.json
 
 
 class OpenedCLIP(NamedTuple):
@@ -68,6 +69,25 @@ def open_clip(
     ours = keys_clip.from_transformers(tensors, found, where)
     folder = path if path.is_dir() and tokenizer_files.is_tokenizer(path) else None
     return OpenedCLIP(found, traverse_util.unflatten_dict(ours, sep="/"), folder)
+
+
+def open_vision(path: str | os.PathLike) -> OpenedCLIP:
+    """The vision tower and its projection alone: of a CLIP in any of the forms above, or of a folder of transformers'
+    CLIPVisionModelWithProjection, which `image_encoder` folders are. Raises as `open_clip` does.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file() or read_json(folder / "config.json").get("model_type") != _VISION_TYPE:
+        opened = open_clip(path)
+        return opened._replace(params=vision_of(opened.params), tokenizer=None)
+    config = _config_in(folder, clip_config.vision_from_transformers)
+    weights = folder / _weights_in(folder)
+    ours = keys_clip.from_transformers(_open_weights(weights), config, str(weights), vision_alone=True)
+    return OpenedCLIP(config, traverse_util.unflatten_dict(ours, sep="/"), None)
+
+
+def vision_of(params: Params) -> Params:
+    """What of a CLIP's parameters `open_vision` gives."""
+    return {name: params[name] for name in ("vision_model", "visual_projection")}
 
 
 def save_clip(
@@ -129,10 +149,17 @@ def _open_folder(path: Path) -> tuple[CLIPConfig, dict[str, Tensor], str]:
     raise CheckpointError(f"{path}: {missing} in it: no folder of a CLIP, of transformers or OpenCLIP")
 
 
-def _config_in(folder: Path) -> CLIPConfig:
+def _weights_in(folder: Path) -> str:
+    found = folders.choose_weights([p.name for p in folder.iterdir() if p.is_file()], "text_encoder", "ema")
+    if found is None:
+        raise CheckpointError(f"{folder}: no model.safetensors in it: download it too")
+    return found
+
+
+def _config_in(folder: Path, read: Callable = clip_config.from_transformers) -> CLIPConfig:
     file = folder / "preprocessor_config.json"
     pixels = read_json(file) if file.is_file() else None
-    return clip_config.from_transformers(read_json(folder / "config.json"), pixels, str(folder))
+    return read(read_json(folder / "config.json"), pixels, str(folder))
 
 
 def _open_weights(file: Path) -> dict[str, Tensor]:

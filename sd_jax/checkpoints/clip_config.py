@@ -78,6 +78,15 @@ def from_transformers(data: Mapping[str, Any], pixels: Mapping[str, Any] | None,
     return config if pixels is None else _with_pixels(config, pixels, f"{where}/preprocessor_config.json")
 
 
+def vision_from_transformers(data: Mapping[str, Any], pixels: Mapping[str, Any] | None, where: str) -> CLIPConfig:
+    """The same of a vision tower alone, CLIPVisionModelWithProjection. The text_config is no one's."""
+    file = f"{where}/config.json"
+    vision = _sound(CLIPVisionConfig(**read_keys(data, _VISION_READ, file)), file)
+    projection_dim = read_keys(data, {"projection_dim": 512}, file)["projection_dim"]
+    config = CLIPConfig(vision_config=vision, projection_dim=projection_dim)
+    return config if pixels is None else _with_pixels(config, pixels, f"{where}/preprocessor_config.json")
+
+
 def _with_pixels(config: CLIPConfig, data: Mapping[str, Any], file: str) -> CLIPConfig:
     for key, value in _PIXELS_FIXED.items():
         if data.get(key, value) != value:

@@ -17,6 +17,7 @@ _PATCHES = "vision_model.embeddings.patch_embedding.weight"
 _PLAIN = ("logit_scale", "vision_model.embeddings.class_embedding")  # parameters that belong to no layer
 _PARAMETERS = {name.replace(".", "/"): name for name in _PLAIN} | {_PATCHES.replace(".", "/")[:-6] + "kernel": _PATCHES}
 _OURS = {theirs: ours for ours, theirs in _PARAMETERS.items()}
+_VISION = ("vision_model.", "visual_projection.")
 _BAGGAGE = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 
 
@@ -52,8 +53,13 @@ def shapes(config: CLIPConfig) -> layout.Shapes:
     }
 
 
-def from_transformers(tensors: Mapping[str, Tensor], config: CLIPConfig, where: str) -> dict[str, Tensor]:
-    """-> by our names ("a/b/kernel"), in our layout. `where` is for messages.
+def from_transformers(
+    tensors: Mapping[str, Tensor],
+    config: CLIPConfig,
+    where: str,  # for messages
+    vision_alone: bool = False,  # CLIPVisionModelWithProjection
+) -> dict[str, Tensor]:
+    """-> by our names ("a/b/kernel"), in our layout.
 
     Raises CheckpointError listing what is missing, unexpected or of another shape.
     """
@@ -61,7 +67,8 @@ def from_transformers(tensors: Mapping[str, Tensor], config: CLIPConfig, where: 
     scale = tensors.get("logit_scale")
     if scale is not None and scale.shape == (1,):
         tensors["logit_scale"] = scale.reshape()
-    layout.check_shapes(shapes(config), tensors, "CLIP", where)
+    wanted = {name: shape for name, shape in shapes(config).items() if not vision_alone or name.startswith(_VISION)}
+    layout.check_shapes(wanted, tensors, "CLIP", where)
     return {our_name(name, tensor.ndim): _our_layout(name, tensor) for name, tensor in tensors.items()}
 
 

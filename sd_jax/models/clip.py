@@ -53,18 +53,8 @@ class CLIP(NamedTuple):
         return normalised(self.vision.apply({"params": own}, images).pooled)
 
     def encode_picture(self, params: Params, image: Image) -> Features:
-        """Pictures in [-1, 1] -> features of length 1, float32; with a gradient. Raises ValueError unless square.
-
-        Of another size than the config's they are resized by an antialiased bicubic filter.
-        """
-        size = self.config.vision_config.image_size
-        if image.shape[1] != image.shape[2]:
-            raise ValueError(f"pictures of {image.shape[2]}x{image.shape[1]}: CLIP reads squares")
-        image = image.astype(jnp.float32)
-        if image.shape[1] != size:
-            image = jax.image.resize(image, (image.shape[0], size, size, 3), "bicubic")
-        mean, std = (jnp.asarray(x, jnp.float32) for x in (self.config.image_mean, self.config.image_std))
-        return self.encode_image(params, (0.5 * image + 0.5 - mean[None, None, None]) / std[None, None, None])
+        """Pictures in [-1, 1] -> features of length 1, float32; with a gradient. Raises ValueError unless square."""
+        return self.encode_image(params, as_read(self.config, image))
 
     def encode_text(self, params: Params, ids: TokenIds) -> Features:
         """Token ids, with a start and an end each -> features of length 1, float32."""
@@ -80,6 +70,21 @@ class CLIP(NamedTuple):
         """The logits of every pair of features of length 1: their cosine times exp(logit_scale)."""
         scale = jnp.exp(params["logit_scale"].astype(jnp.float32))
         return scale * jnp.einsum("if,tf->it", images, texts, preferred_element_type=jnp.float32)
+
+
+def as_read(config: CLIPConfig, image: Image) -> Float[Array, "batch size size 3"]:
+    """Pictures in [-1, 1] as the vision tower reads them, with a gradient. Raises ValueError unless square.
+
+    Of another size than the config's they are resized by an antialiased bicubic filter.
+    """
+    size = config.vision_config.image_size
+    if image.shape[1] != image.shape[2]:
+        raise ValueError(f"pictures of {image.shape[2]}x{image.shape[1]}: CLIP reads squares")
+    image = image.astype(jnp.float32)
+    if image.shape[1] != size:
+        image = jax.image.resize(image, (image.shape[0], size, size, 3), "bicubic")
+    mean, std = (jnp.asarray(x, jnp.float32) for x in (config.image_mean, config.image_std))
+    return (0.5 * image + 0.5 - mean[None, None, None]) / std[None, None, None]
 
 
 def normalised(features: Features) -> Features:

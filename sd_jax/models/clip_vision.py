@@ -18,10 +18,12 @@ from sd_jax.models.presets import CLIPVisionConfig
 
 class ImageStates(NamedTuple):
     """tokens: the last layer's states of the class and the patches, row by row, before `post_layernorm`.
-    pooled: of the class after it, or [batch, projection_dim] of that."""
+    pooled: of the class after it, or [batch, projection_dim] of that.
+    before_last: as `tokens`, of the layer before the last."""
 
     tokens: Float[Array, "batch tokens width"]
     pooled: Float[Array, "batch pooled_width"]
+    before_last: Float[Array, "batch tokens width"]
 
 
 class _Embeddings(nn.Module):
@@ -61,8 +63,9 @@ class _VisionModel(nn.Module):
         types = (self.dtype, self.param_dtype)
         x = _Embeddings(self.config, *types, name="embeddings")(images)
         x = layer_norm(self.config, "pre_layrnorm", self)(x)
-        tokens = Encoder(self.config, False, *types, self.remat, name="encoder")(x)[-1]
-        return ImageStates(tokens, layer_norm(self.config, "post_layernorm", self)(tokens[:, 0]))
+        states = Encoder(self.config, False, *types, self.remat, name="encoder")(x)
+        pooled = layer_norm(self.config, "post_layernorm", self)(states[-1][:, 0])
+        return ImageStates(states[-1], pooled, states[-2:][0])
 
 
 class CLIPVision(nn.Module):

@@ -11,6 +11,7 @@ from sd_jax.models.aesthetic import AestheticHead
 from sd_jax.models.caption_words import CaptionWords
 from sd_jax.models.clip import CLIP
 from sd_jax.models.clip_text import CLIPText
+from sd_jax.models.clip_vision import CLIPVision
 from sd_jax.models.discriminator import Discriminator
 from sd_jax.models.perceptual import LPIPS
 from sd_jax.models.presets import IdentityConfig, ModelSpec, TinyVAEConfig
@@ -34,6 +35,7 @@ class Networks(NamedTuple):
     perceptual: LPIPS | None = None
     aesthetic: AestheticHead | None = None
     discriminator: Discriminator | None = None
+    image_encoder: CLIPVision | None = None
 
     @staticmethod
     def of(spec: ModelSpec, dtype: str = "float32", remat: str = "none") -> "Networks":
@@ -55,6 +57,8 @@ class Networks(NamedTuple):
             beside["aesthetic"] = AestheticHead(spec.aesthetic, **plain)
         if spec.discriminator is not None:
             beside["discriminator"] = Discriminator(spec.discriminator, **plain)
+        if spec.image_encoder is not None:
+            beside["image_encoder"] = CLIPVision(spec.image_encoder.vision_config, **plain)
         return Networks(spec, **model, **beside)
 
     def with_scaling_factor(self, factor: float) -> "Networks":
@@ -100,6 +104,9 @@ class Networks(NamedTuple):
             return (jnp.zeros((1, self.spec.aesthetic.width)),)
         if part == "discriminator":
             side = 4 * 2**self.spec.discriminator.layers
+            return (jnp.zeros((1, side, side, 3)),)
+        if part == "image_encoder":
+            side = self.spec.image_encoder.vision_config.image_size
             return (jnp.zeros((1, side, side, 3)),)
         if part != "unet":
             return (jnp.zeros((1, 1), jnp.int32),)

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from sd_jax.types import NoiseScheduleConfig
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # of a model, by the names of a diffusers folder
-BESIDE = ("clip", "features", "perceptual", "aesthetic", "discriminator")  # what is trained to guide, teach or judge it
+BESIDE = (  # what is trained to guide, teach or judge it, or lends it its eyes
+    *("clip", "features", "perceptual", "aesthetic", "discriminator"),
+    "image_encoder",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +238,7 @@ class ModelSpec:
     perceptual: FeaturesConfig | None = None  # LPIPS
     aesthetic: AestheticConfig | None = None
     discriminator: DiscriminatorConfig | None = None
+    image_encoder: CLIPConfig | None = None  # of which there is the vision tower alone
 
     @property
     def text_encoders(self) -> dict[str, CLIPTextConfig]:
@@ -289,7 +293,7 @@ class ModelSpec:
         kinds |= {"aesthetic": AestheticConfig, "discriminator": DiscriminatorConfig}
         made = {}
         for name, value in data.items():
-            if name == "clip" and value is not None:
+            if name in ("clip", "image_encoder") and value is not None:
                 made[name] = CLIPConfig.from_dict(dict(value))
             elif name in kinds and value is not None:
                 fields = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in dict(value).items()}

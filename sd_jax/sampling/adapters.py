@@ -16,23 +16,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sd_jax.adapters.deltas import Layers
+from sd_jax.adapters import ip_adapter
 from sd_jax.adapters.hooks import Adapter, hooked, merge, parts_of
 from sd_jax.adapters.hypernetwork import Hypernetwork, check_fits
+from sd_jax.adapters.ip_adapter import IPAdapter
 from sd_jax.adapters.textual_inversion import Embedding, with_embeddings
-from sd_jax.checkpoints import embeddings, files, hypernetworks
+from sd_jax.checkpoints import embeddings, files, hypernetworks, ip_adapters
 from sd_jax.checkpoints.adapters import IN_FOLDERS, file_in, hash_of_adapter, open_adapter
 from sd_jax.checkpoints.errors import CheckpointError
 from sd_jax.models.networks import Networks
 from sd_jax.names import hint
 from sd_jax.prompts import tags
+from sd_jax.sampling.image_prompt import ImageEncoder, encoder_for
 from sd_jax.sampling.recipe import hash_of_file
 from sd_jax.types import AnyArray
 
 if TYPE_CHECKING:
     from sd_jax.sampling.pipeline import Pipeline
 
-HYPERNETWORK = "hypernetwork.pt"  # what a run of that method leaves in its workdir
+HYPERNETWORK, IP_ADAPTER = "hypernetwork.pt", "ip_adapter.safetensors"  # what runs leave in their workdir
 SUFFIXES = (".safetensors", ".pt", ".bin")
 
 logger = getLogger(__name__)
@@ -47,6 +49,7 @@ class Worn(NamedTuple):
     strength: Schedule  # in the U-Net
     text_strength: float  # in the text encoders
     source: str  # where it came from, for messages
+    encoder: ImageEncoder | None = None  # of an IP-Adapter
 
 
 class On(NamedTuple):
@@ -69,13 +72,24 @@ def of_text_encoders(worn: Sequence[Worn]) -> On | None:
     return On(tuple(a for a, _ in here), np.array([[t] for _, t in here], np.float32)) if here else None
 
 
-def wearing(networks: Networks, on: On | None, call: Int[Array, ""] | int = 0) -> Networks:
+def has_ip_adapter(worn: Sequence[Worn]) -> bool:
+    return any(isinstance(each.adapter, IPAdapter) for each in worn)
+
+
+def wearing(
+    networks: Networks,
+    on: On | None,
+    call: Int[Array, ""] | int = 0,
+    pictures: Sequence[Float[Array, "rows _ width"]] = (),  # what the IP-Adapters show, one after the other
+) -> Networks:
     """The networks with them on at call number `call`; beyond the last one, as at the last one."""
     if on is None:
         return networks
+    tokens = iter(pictures)
+    shown = [a.replace(tokens=next(tokens, None)) if isinstance(a, IPAdapter) else a for a in on.adapters]
     strengths = jnp.asarray(on.strengths)
     at = strengths[:, jnp.minimum(call, strengths.shape[1] - 1)]
-    return hooked(networks, [(adapter, at[i]) for i, adapter in enumerate(on.adapters)])
+    return hooked(networks, [(adapter, at[i]) for i, adapter in enumerate(shown)])
 
 
 def at_calls(schedule: Schedule, calls: int) -> Float[np.ndarray, " calls"]:
@@ -96,7 +110,7 @@ def at_calls(schedule: Schedule, calls: int) -> Float[np.ndarray, " calls"]:
 
 
 def _only(adapter: Adapter, parts: Sequence[str]) -> Adapter:
-    if isinstance(adapter, Hypernetwork):
+    if not isinstance(adapter, Mapping):
         return adapter
     return {part: adapter[part] for part in parts if part in adapter}
 
@@ -105,7 +119,12 @@ def _only(adapter: Adapter, parts: Sequence[str]) -> Adapter:
 
 
 def put_on(
-    pipe: "Pipeline", path: Any, strength: Schedule, text_strength: float | None, blocks: Mapping[str, float] | None
+    pipe: "Pipeline",
+    path: Any,
+    strength: Schedule,
+    text_strength: float | None,
+    blocks: Mapping[str, float] | None,
+    image_encoder: Any = None,
 ) -> "Pipeline":
     """`Pipeline.with_adapter`, whose docstring says what the arguments are."""
     at_calls(strength, 1)
@@ -115,8 +134,8 @@ def put_on(
         text_strength = strength
     if not all(isinstance(t, Real) and math.isfinite(t) for t in (text_strength, *(blocks or {}).values())):
         raise ValueError(f"text_strength={text_strength!r}, blocks={blocks!r}: give finite numbers")
-    adapter = path if isinstance(path, Mapping | Hypernetwork) else open_any(path, pipe)
-    source = str(path) if isinstance(path, str | pathlib.Path) else "an adapter"
+    adapter = path if isinstance(path, Mapping | Hypernetwork | IPAdapter) else open_any(path, pipe)
+    source = _file_in(path) if isinstance(path, str | pathlib.Path) else "an adapter"
     if isinstance(adapter, list):
         tokenizer, params = pipe.tokenizer, pipe.params
         spec, params, tokenizer = with_embeddings(pipe.spec, params, tokenizer, adapter)
@@ -128,18 +147,28 @@ def put_on(
             check_fits(adapter, pipe.spec)
         except ValueError as error:
             raise CheckpointError(f"{source}: {error}") from None
+    encoder = None
+    if isinstance(adapter, IPAdapter):
+        try:
+            ip_adapter.check_fits(adapter, pipe.spec.unet)
+        except ValueError as error:
+            raise CheckpointError(f"{source}: {error}") from None
+        known = [worn.encoder for worn in pipe.adapters if worn.encoder is not None]
+        encoder = encoder_for(adapter, source, image_encoder, known, pipe.dtype)
+        alike = {
+            path: {"strength": 1.0, **entry} for path, entry in adapter.layers.items()
+        }  # so blocks compile nothing
+        adapter = adapter.replace(layers=alike)
     adapter = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), adapter)
-    return pipe.changed(adapters=(*pipe.adapters, Worn(adapter, strength, float(text_strength), source)))
+    return pipe.changed(adapters=(*pipe.adapters, Worn(adapter, strength, float(text_strength), source, encoder)))
 
 
-def open_any(path: str | pathlib.Path, pipe: "Pipeline") -> Layers | Hypernetwork | list[Embedding]:
+def open_any(path: str | pathlib.Path, pipe: "Pipeline") -> Adapter | list[Embedding]:
     """What a file holds, told by its content; of a run's workdir what it left, of another folder the embeddings in it.
 
     Raises FileNotFoundError or CheckpointError.
     """
-    path = pathlib.Path(path)
-    if (path / HYPERNETWORK).is_file():
-        return hypernetworks.load(path / HYPERNETWORK)
+    path = pathlib.Path(_file_in(path))
     if path.is_dir():
         return open_adapter(path, pipe.spec).layers if _holds_adapter(path) else _open_words(path)
     tensors = files.open_any(path).tensors
@@ -147,6 +176,8 @@ def open_any(path: str | pathlib.Path, pipe: "Pipeline") -> Layers | Hypernetwor
         return hypernetworks.load(path)
     if embeddings.is_embedding(tensors):
         return [embeddings.load(path)]
+    if ip_adapters.is_ip_adapter(tensors):
+        return ip_adapters.load(path, pipe.spec.unet)
     opened = open_adapter(path, pipe.spec)
     for note in opened.notes:
         logger.info("%s: %s", path, note)
@@ -155,7 +186,7 @@ def open_any(path: str | pathlib.Path, pipe: "Pipeline") -> Layers | Hypernetwor
 
 def hashes(path: str | pathlib.Path, name: str = "") -> dict[str, str]:
     """{"lora:ink": "0123456789ab"}, {"hypernet:ink": ...}, or {"embed:zorp": ...} of every word: what a tag calls that
-    which `open_any` opens, and the 12 digits that A1111 knows it by.
+    which `open_any` opens, and the 12 digits that A1111 knows it by. Nothing of an IP-Adapter, which no tag calls.
 
     name: what it is called; "" = as the file is, or the run that left it. Digits are those of `hash_of_adapter`, but of
     hypernetworks and words the first of the file's SHA-256 (A1111 1.10, modules/textual_inversion). Raises
@@ -164,16 +195,25 @@ def hashes(path: str | pathlib.Path, name: str = "") -> dict[str, str]:
     path = pathlib.Path(path).absolute()
     if words := _words_in(path):
         return {f"embed:{embeddings.load(file).token}": hash_of_file(file)[:12] for file in words}
-    file = path / HYPERNETWORK if (path / HYPERNETWORK).is_file() else file_in(path)
+    file = file_in(_file_in(path))
     named = file.parent.name if file.name in (HYPERNETWORK, *IN_FOLDERS) else file.stem
     name = name or re.sub("[:<>]", "", named)
-    if hypernetworks.is_hypernetwork(files.open_any(file).tensors):
+    tensors = files.open_any(file).tensors
+    if ip_adapters.is_ip_adapter(tensors):
+        return {}
+    if hypernetworks.is_hypernetwork(tensors):
         return {f"hypernet:{name}": hash_of_file(file)[:12]}
     return {f"lora:{name}": hash_of_adapter(file)}
 
 
+def _file_in(path: str | pathlib.Path) -> str:
+    """What a run of ours left in its workdir; another path as it is."""
+    left = (pathlib.Path(path) / name for name in (HYPERNETWORK, IP_ADAPTER))
+    return str(next(filter(pathlib.Path.is_file, left), path))
+
+
 def _holds_adapter(folder: pathlib.Path) -> bool:
-    return any((folder / name).is_file() for name in (HYPERNETWORK, *IN_FOLDERS))
+    return any((folder / name).is_file() for name in (HYPERNETWORK, IP_ADAPTER, *IN_FOLDERS))
 
 
 def _words_in(path: pathlib.Path) -> list[pathlib.Path]:
@@ -233,7 +273,7 @@ def merge_into(pipe: "Pipeline") -> "Pipeline":
     """`Pipeline.merge_adapters`."""
     params, stay = dict(pipe.params), []
     for worn in pipe.adapters:
-        if isinstance(worn.adapter, Hypernetwork):
+        if not isinstance(worn.adapter, Mapping):
             stay.append(worn)
             continue
         if not isinstance(worn.strength, Real):
@@ -243,10 +283,12 @@ def merge_into(pipe: "Pipeline") -> "Pipeline":
     return pipe.changed(_params=params, adapters=tuple(stay))
 
 
-def _weighed(layers: Layers, blocks: Mapping[str, float]) -> Layers:
+def _weighed(layers: Adapter, blocks: Mapping[str, float]) -> Adapter:
     """With a strength of its own at each layer that a pattern finds, the first one that does."""
     if isinstance(layers, Hypernetwork):
-        raise ValueError("blocks= is for the LoRA family: a hypernetwork has no layers of its own")
+        raise ValueError("blocks= is for the LoRA family and IP-Adapters: a hypernetwork has no layers of its own")
+    if isinstance(layers, IPAdapter):
+        return layers.replace(layers=_weighed({"unet": layers.layers}, blocks)["unet"])
     found: set[str] = set()
 
     def entry(part, path, arrays):

@@ -57,6 +57,8 @@ class Order:
     recipe: str | None = None  # a picture to make again; what is given above wins over what it says
     grid: str | None = None  # see grid.py
     prompts_file: str | None = None
+    image_prompts: Sequence[str] = ()  # what IP-Adapters show: one for each, or of a single one all at once
+    image_encoder: str | None = None  # the CLIP that they see through; None = that beside their file
     adapters: Sequence[str] = ()  # PATH, PATH:STRENGTH or PATH:STRENGTH:STRENGTH_IN_TEXT_ENCODERS, in their order
     embeddings: str | None = None  # a file of textual inversion, or a folder of them
     control: Sequence[str] = ()  # PATH:IMAGE, PATH:IMAGE:STRENGTH or PATH:IMAGE:STRENGTH:START:END
@@ -113,9 +115,12 @@ def carry_out(order: Order) -> Iterator[pathlib.Path]:
     folders = {
         name: getattr(order, name) or getattr(told.origin, name, None) for name in ("embeddings", "adapter_folder")
     }
+    image_encoder = order.image_encoder or getattr(told.origin, "image_encoder", None)
+    recorded = [] if told.origin is None else told.origin.image_prompts
+    shown = list(order.image_prompts) or [_unchanged(order, each, "--image_prompt") for each in recorded]
     pipe = pipe if folders["embeddings"] is None else pipe.with_adapter(folders["embeddings"])
     for each in worn:
-        pipe = pipe.with_adapter(each["path"], each["strength"], each["text_strength"])
+        pipe = pipe.with_adapter(each["path"], each["strength"], each["text_strength"], image_encoder=image_encoder)
     pipe = pipe if folders["adapter_folder"] is None else pipe.with_tags(folders["adapter_folder"])
     clip = load_clip(loading["clip"], loading["dtype"]) if loading["clip"] is not None else None
     hints = _hints(order, told)
@@ -136,7 +141,8 @@ def carry_out(order: Order) -> Iterator[pathlib.Path]:
     steps = sum(pipe.steps_of(batch.recipe, image, mask, depth, refiner, guide) for batch, guide in each)
     origin = _origin(loading, {"image": image, "mask": mask, "depth": depth})
     hashes = _hashes(worn, work, **folders)
-    origin = dataclasses.replace(origin, adapters=worn, hashes=hashes, control=hints, **folders)
+    named = {"image_encoder": image_encoder, "image_prompts": [_named(path) for path in shown]}
+    origin = dataclasses.replace(origin, adapters=worn, hashes=hashes, control=hints, **folders, **named)
     _tell_differences(order, told, origin)
 
     # Pictures
@@ -144,7 +150,7 @@ def carry_out(order: Order) -> Iterator[pathlib.Path]:
     with _Progress(pipe, steps * (best_of or 1), order) as progress:
         for batch, guide in zip(work, guides, strict=True):
             inputs = image, mask, progress, batch.prompts, depth, refiner, guide, control
-            make = lambda recipe, inputs=inputs: pipe.make(recipe, *inputs)  # noqa: E731
+            make = lambda recipe, inputs=inputs: pipe.make(recipe, *inputs, image_prompt=shown or None)  # noqa: E731
             images, recipes, scores = _best_of(make, batch, clip, best_of, len(prompts) or len(batch.numbers))
             size = images.shape[2], images.shape[1]
             origin = dataclasses.replace(origin, job=job_of(batch.recipe, image, mask, spec=pipe.spec))
@@ -208,7 +214,7 @@ def _hints(order: Order, told: Record) -> list[dict[str, Any]]:
     if not order.control:
         recorded = [] if told.origin is None else told.origin.control
         for each in recorded:
-            _check_same(each, "image", order.recipe, "--control")
+            _unchanged(order, each, "--control", "image")
         return recorded
     found = []
     for text in order.control:
@@ -229,27 +235,15 @@ def _how(hint: Mapping[str, Any]) -> dict[str, Any]:
     return {name: hint[name] for name in ("image", "strength", "start", "end")}
 
 
-def _check_same(recorded: Mapping[str, str], key: str, recipe: str | None, flag: str) -> None:
-    """Raises FileNotFoundError or ValueError where a file is no longer what a recipe says."""
-    path = recorded[key]
-    try:
-        same = hash_of_file(path) == recorded["sha256"]
-    except OSError as error:
-        reason = f"{path}, from which {recipe} was made, cannot be read ({error.strerror})"
-        raise FileNotFoundError(f"{reason}: give it as {flag}=") from error
-    if not same:
-        raise ValueError(f"{path} is no longer what {recipe} was made from: give that as {flag}=")
-
-
 def _worn(path: str, strength: float, text_strength: float) -> dict[str, Any]:
     path = pathlib.Path(path).absolute()
-    kind, name = next(iter(adapters.hashes(path))).split(":", 1)
+    kind, _, name = next(iter(adapters.hashes(path)), "").partition(":")
     return {
         "path": str(path),
         "strength": strength,
         "text_strength": text_strength,
         "sha256": hash_of_file(path) if path.is_file() else None,
-        "tag": "" if kind == "embed" else tags.written(kind, name, text_strength, strength),
+        "tag": tags.written(kind, name, text_strength, strength) if kind in tags.WEIGHED else "",
     }
 
 
@@ -271,10 +265,20 @@ def _input(order: Order, told: Record, name: str) -> str | None:
     """A picture of INPUTS: as given, else that of the recipe, if the file is still the same."""
     flag = INPUTS[name]
     given, recorded = getattr(order, name), told.origin and getattr(told.origin, name)
-    if given is not None or recorded is None:
-        return given
-    _check_same(recorded, "path", order.recipe, flag)
-    return recorded["path"]
+    return given if given is not None or recorded is None else _unchanged(order, recorded, flag)
+
+
+def _unchanged(order: Order, recorded: Mapping[str, str], flag: str, key: str = "path") -> str:
+    """A picture's path, if the file is still the same."""
+    path = recorded[key]
+    try:
+        same = hash_of_file(path) == recorded["sha256"]
+    except OSError as error:
+        reason = f"{path}, from which {order.recipe} was made, cannot be read ({error.strerror})"
+        raise FileNotFoundError(f"{reason}: give it as {flag}=") from error
+    if not same:
+        raise ValueError(f"{path} is no longer what {order.recipe} was made from: give that as {flag}=")
+    return path
 
 
 def _loading(order: Order, told: Record) -> dict[str, Any]:
@@ -289,12 +293,13 @@ def _loading(order: Order, told: Record) -> dict[str, Any]:
 
 
 def _origin(loading: Mapping[str, Any], inputs: Mapping[str, str | None]) -> Origin:
-    sources = {
-        name: path and {"path": str(pathlib.Path(path).absolute()), "sha256": hash_of_file(path)}
-        for name, path in inputs.items()
-    }
+    sources = {name: path and _named(path) for name, path in inputs.items()}
     hashes = {name: ",".join(map(hash_of_weights, _paths(loading, name))) for name in WEIGHTS}
     return Origin(**loading, **sources, **{f"{name}_hash": found or None for name, found in hashes.items()})
+
+
+def _named(path: str) -> dict[str, str]:
+    return {"path": str(pathlib.Path(path).absolute()), "sha256": hash_of_file(path)}
 
 
 def _paths(loading: Mapping[str, Any], name: str) -> list[str | pathlib.Path]:

@@ -42,6 +42,7 @@ class Rows(NamedTuple):
     time_ids: Float[AnyArray, "rows numbers"] | None
     guidance_scale: Float[AnyArray, " rows"] | None
     class_labels: Int[AnyArray, " rows"] | None
+    pictures: tuple[Float[AnyArray, "rows _ width"], ...] = ()  # what each IP-Adapter shows, see image_prompt.py
 
 
 class Told(NamedTuple):

@@ -37,6 +37,7 @@ from sd_jax.models.networks import Networks
 from sd_jax.sampling import adapters, control
 from sd_jax.sampling.conditioning import Rows, Told, of_call, tell
 from sd_jax.sampling.control import Hint, Seen, Steered
+from sd_jax.sampling.image_prompt import show
 from sd_jax.sampling.tiles import tiled_denoiser
 from sd_jax.types import AnyArray, Conditioning, Latents, Params, Recipe
 
@@ -66,6 +67,7 @@ class Given(NamedTuple):
     conditioning: Conditioning | None = None
     negative_conditioning: Conditioning | None = None
     control: tuple[Hint, ...] = ()
+    image_prompt: Any = None  # of the IP-Adapters that are on
 
 
 def denoise(
@@ -112,6 +114,9 @@ def denoise(
         )
         for model in models
     ]
+    if given.image_prompt is not None and not any(adapters.has_ip_adapter(model.adapters) for model in models):
+        raise ValueError("image_prompt= is for IP-Adapters, and none is on: put it on by with_adapter()")
+    told = [show(heard, model.adapters, given.image_prompt) for heard, model in zip(told, models, strict=True)]
     batch = told[0].batch
 
     # Noise
@@ -424,7 +429,7 @@ def _walk(
         )
         if shown.concat is not None:
             model_input = jnp.concatenate([model_input, shown.concat.astype(model_input.dtype)], axis=-1)
-        unet = adapters.wearing(networks, run.adapters, call[...]).unet
+        unet = adapters.wearing(networks, run.adapters, call[...], shown.rows.pictures).unet
         return unet.apply({"params": params}, model_input, timesteps, conditioning, added)
 
     def of_place(shown: _Shown, of_tile) -> _Shown:

@@ -19,5 +19,6 @@ INPUTS = {  # what a command is given besides
     "grid": "Up to three axes: field=value,value;field=first-last (+step).",
     "prompts_file": "A prompt a line.",
     "embeddings": "A file of textual inversion, or a folder of them: words that prompts may say.",
+    "image_encoder": "The CLIP that IP-Adapters see through; none = the folder image_encoder beside their file.",
     "adapter_folder": "Where <lora:name:0.8> in a prompt finds its file.",
 }

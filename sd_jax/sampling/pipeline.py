@@ -141,15 +141,18 @@ class Pipeline:
         strength: adapters.Schedule = 1.0,  # in the U-Net; or (share of the steps from which on, strength) pairs
         text_strength: float | None = None,  # in the text encoders; None = that of the U-Net
         blocks: Mapping[str, float] | None = None,  # pattern of re.search in "part/path": times so much; first match
+        image_encoder: Any = None,  # of IP-Adapters alone: the CLIP that they see through, any path of `load_clip`, or
+        # transformers' folder of its vision tower; None = the folder image_encoder beside the file
     ) -> "Pipeline":
         """A new pipeline with an adapter on, over those that this one has. This one stays as it is.
 
-        Of the LoRA family (kohya's, LyCORIS', PEFT's files), a hypernetwork (A1111's), or embeddings of textual
-        inversion, which prompts then call by their tokens. Another strength, or another adapter of the same shapes,
-        compiles nothing. Raises FileNotFoundError or CheckpointError, naming file and key, for what does not belong
-        to this model; ValueError for a strength that is none, or a pattern that finds no layer.
+        Of the LoRA family (kohya's, LyCORIS', PEFT's files), a hypernetwork (A1111's), an IP-Adapter, whose pictures
+        jobs then take as image_prompt=, or embeddings of textual inversion, which prompts then call by their tokens.
+        Another strength or picture, or another adapter of the same shapes, compiles nothing. Raises FileNotFoundError
+        or CheckpointError, naming file and key, for what does not belong to this model; ValueError for a strength that
+        is none, or a pattern that finds no layer.
         """
-        return adapters.put_on(self, path, strength, text_strength, blocks)
+        return adapters.put_on(self, path, strength, text_strength, blocks, image_encoder)
 
     def with_tags(self, folder: str | pathlib.Path) -> "Pipeline":
         """A new pipeline that does what `<lora:name:0.8>`, `<lyco:...>` and `<hypernet:...>` in a prompt ask for, with
@@ -242,6 +245,9 @@ class Pipeline:
     #                            stochastic sampler, [draws, batch, h, w, c], see `samplers.count_draws`
     #     conditioning           in place of prompts; negative_conditioning likewise
     #     control                hints of ControlNets and T2I-Adapters, `sd_jax.load_control(path).hint(image)`
+    #     image_prompt           what an IP-Adapter shows: a picture as in image_to_image (an array may hold one for
+    #                            each that is made), or a list of such, which are shown at once; where several adapters
+    #                            are on, a list with one of these for each
     #     output                 "images": uint8 [batch, height, width, 3]; "latents": scaled, float32
     #     callback               called on the host after each step: (step, x before it, denoised). Compiles nothing
     # and all but upscale
@@ -259,6 +265,7 @@ class Pipeline:
         conditioning: Conditioning | None = None,
         negative_conditioning: Conditioning | None = None,
         control: Any = (),  # hints, one or several
+        image_prompt: Any = None,
         output: str = "images",
         callback: Callable | None = None,
         refiner: "Pipeline | None" = None,  # another model of the same latents, which walks the last steps
@@ -267,7 +274,7 @@ class Pipeline:
     ) -> np.ndarray:
         """Pictures of a prompt."""
         made = self._recipe("text_to_image", output, recipe, refiner, clip)
-        given = _given(latents, noise, conditioning, negative_conditioning, control)
+        given = _given(latents, noise, conditioning, negative_conditioning, control, image_prompt)
         return text_to_image.text_to_image(self, prompt, made, given, output, callback, refiner, clip)
 
     def image_to_image(
@@ -281,6 +288,7 @@ class Pipeline:
         conditioning: Conditioning | None = None,
         negative_conditioning: Conditioning | None = None,
         control: Any = (),  # hints, one or several
+        image_prompt: Any = None,
         output: str = "images",
         callback: Callable | None = None,
         clip: Clip | None = None,
@@ -291,7 +299,7 @@ class Pipeline:
         Raises media.BadImage for a file that is no picture.
         """
         made = self._recipe("image_to_image", output, recipe, clip=clip)
-        given = _given(latents, noise, conditioning, negative_conditioning, control)
+        given = _given(latents, noise, conditioning, negative_conditioning, control, image_prompt)
         return image_to_image.image_to_image(self, prompt, made, image, depth, given, output, callback, clip)
 
     def inpaint(
@@ -305,6 +313,7 @@ class Pipeline:
         conditioning: Conditioning | None = None,
         negative_conditioning: Conditioning | None = None,
         control: Any = (),  # hints, one or several
+        image_prompt: Any = None,
         output: str = "images",
         callback: Callable | None = None,
         clip: Clip | None = None,
@@ -315,7 +324,7 @@ class Pipeline:
         Raises ValueError for a mask of another size than the image's, media.BadImage for a file that is no picture.
         """
         made = self._recipe("inpaint", output, recipe, clip=clip)
-        given = _given(latents, noise, conditioning, negative_conditioning, control)
+        given = _given(latents, noise, conditioning, negative_conditioning, control, image_prompt)
         return inpaint.inpaint(self, prompt, made, image, mask, given, output, callback, clip)
 
     def hires_fix(
@@ -327,6 +336,7 @@ class Pipeline:
         conditioning: Conditioning | None = None,
         negative_conditioning: Conditioning | None = None,
         control: Any = (),  # hints, one or several
+        image_prompt: Any = None,
         output: str = "images",
         callback: Callable | None = None,
         clip: Clip | None = None,
@@ -334,7 +344,7 @@ class Pipeline:
     ) -> np.ndarray:
         """Pictures `scale` times as large as width and height: made, enlarged, and denoised a part of the way again."""
         made = self._recipe("hires_fix", output, recipe, clip=clip)
-        given = _given(latents, noise, conditioning, negative_conditioning, control)
+        given = _given(latents, noise, conditioning, negative_conditioning, control, image_prompt)
         return hires_fix.hires_fix(self, prompt, made, given, output, callback, clip)
 
     def upscale(
@@ -348,6 +358,7 @@ class Pipeline:
         conditioning: Conditioning | None = None,
         negative_conditioning: Conditioning | None = None,
         control: Any = (),  # hints, one or several
+        image_prompt: Any = None,
         output: str = "images",
         callback: Callable | None = None,
         **recipe,  # of them: noise_level
@@ -360,7 +371,7 @@ class Pipeline:
         Raises ValueError for a model that is no upscaler, media.BadImage for a file that is no picture.
         """
         made = self._recipe("upscale", output, recipe)
-        given = _given(latents, noise, conditioning, negative_conditioning, control)
+        given = _given(latents, noise, conditioning, negative_conditioning, control, image_prompt)
         return upscale.upscale(self, prompt, made, image, image_noise, given, output, callback)
 
     def make(
@@ -374,6 +385,7 @@ class Pipeline:
         refiner: "Pipeline | None" = None,
         clip: Clip | None = None,
         control: Any = (),  # hints, one or several
+        image_prompt: Any = None,
     ) -> np.ndarray:
         """The pictures of a recipe, by the job that it and what is given with it mean (`job_of`).
 
@@ -381,6 +393,7 @@ class Pipeline:
         """
         job = job_of(recipe, image, mask, depth, refiner, clip, self.spec)
         inputs = {"image": image, "mask": mask, "depth": depth, "refiner": refiner, "clip": clip}
+        inputs["image_prompt"] = image_prompt
         inputs = {name: value for name, value in inputs.items() if value is not None}
         fields = _fields(recipe) | ({} if prompts is None else {"prompt": prompts})
         return getattr(self, job)(callback=callback, control=control, **inputs, **fields)
@@ -495,7 +508,7 @@ def _fields(recipe: Recipe) -> dict[str, Any]:
     return {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
 
 
-def _given(latents, noise, conditioning, negative_conditioning, control) -> Given:
+def _given(latents, noise, conditioning, negative_conditioning, control, image_prompt) -> Given:
     draws = None
     if noise is not None and np.ndim(noise) == 5:
         draws = noise
@@ -506,7 +519,7 @@ def _given(latents, noise, conditioning, negative_conditioning, control) -> Give
     hints = (control,) if isinstance(control, Hint) else tuple(control)
     if not all(isinstance(each, Hint) for each in hints):
         raise ValueError("control= takes what `sd_jax.load_control(path).hint(image)` makes, one or several")
-    return Given(latents, draws, conditioning, negative_conditioning, hints)
+    return Given(latents, draws, conditioning, negative_conditioning, hints, image_prompt)
 
 
 def _on_device(tree: Params, dtype: str, where: str | pathlib.Path) -> Params:

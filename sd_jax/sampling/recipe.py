@@ -123,7 +123,9 @@ class Origin:
     embeddings: str | None = None  # a file of textual inversion, or a folder of them
     adapter_folder: str | None = None  # where the tags of prompts found their files
     adapters: list = dataclasses.field(default_factory=list)  # {"path", "strength", "text_strength", "sha256", "tag"}
-    # of each; the tag is what asks for it in a prompt, "" for words, which need none
+    # of each; the tag is what asks for it in a prompt, "" for words and IP-Adapters, which none does
+    image_prompts: list = dataclasses.field(default_factory=list)  # {"path", "sha256"} of what IP-Adapters showed
+    image_encoder: str | None = None  # the CLIP that they saw through; None = that beside their file
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)  # of adapters and words, see `adapters.hashes`
     control: list = dataclasses.field(default_factory=list)  # {"path", "image", "sha256", "strength", "start", "end"}
     # of each hint; sha256 of its image

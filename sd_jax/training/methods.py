@@ -12,6 +12,7 @@ from sd_jax.training.dreambooth import DREAMBOOTH
 from sd_jax.training.features import FEATURES
 from sd_jax.training.full import FULL
 from sd_jax.training.hypernetwork import HYPERNETWORK
+from sd_jax.training.ip_adapter import IP_ADAPTER
 from sd_jax.training.method import Method
 from sd_jax.training.super_resolution import SUPER_RESOLUTION
 from sd_jax.training.textual_inversion import TEXTUAL_INVERSION
@@ -23,6 +24,7 @@ METHODS = {
     "lcm_lora": LCM_LORA,
     "textual_inversion": TEXTUAL_INVERSION,
     "hypernetwork": HYPERNETWORK,
+    "ip_adapter": IP_ADAPTER,
     "controlnet": CONTROL,
     "t2i_adapter": CONTROL,
     "autoencoder": AUTOENCODER,

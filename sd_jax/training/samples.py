@@ -21,7 +21,8 @@ SHOWN = 12  # pictures that are shown again
 def draw(config: ConfigDict, model: Model, params: Params, batch: dict[str, np.ndarray]) -> np.ndarray:
     """A sheet, uint8 [height, width, 3]. An autoencoder shows pictures of `batch` and, below, what it makes of them; a
     model that enlarges shows them made small, what it makes of those, and them; a control its hints, what it makes of
-    them with the same captions, and the pictures that they are of."""
+    them with the same captions, and the pictures that they are of; an IP-Adapter pictures, and below what it makes of
+    them and of `samples.prompts`."""
     params = dict(params)
     adapter = params.pop("adapter", None)
     pipe = Pipeline(model.networks.spec, params, model.tokenizer, config.dtype)
@@ -43,6 +44,8 @@ def draw(config: ConfigDict, model: Model, params: Params, batch: dict[str, np.n
         return _steered(pipe, control.model_of(config, model.networks.spec, adapter), batch, fields)
     if config.method == "super_resolution":
         return _enlarged(pipe, config.super_resolution.factor, batch, fields)
+    if config.method == "ip_adapter":
+        return _shown(pipe, recipe.prompts, batch, fields)
     size = config.data.resolution
     images = pipe.text_to_image(list(recipe.prompts), width=size, height=size, **fields)
     return media.contact_sheet(images, captions=recipe.prompts)
@@ -60,6 +63,13 @@ def _steered(pipe, steering, batch, fields) -> np.ndarray:
     size = {"height": real.shape[1], "width": real.shape[2]}
     made = pipe.text_to_image(control=steering.hint(hints), conditioning=_told(pipe, batch), **size, **fields)
     return media.contact_sheet(np.concatenate([hints, made, real]), columns=len(real))
+
+
+def _shown(pipe, prompts, batch, fields) -> np.ndarray:
+    shown = batch["pixels"][np.arange(len(prompts)) % len(batch["pixels"])]
+    size = {"height": shown.shape[1], "width": shown.shape[2]}
+    made = pipe.text_to_image(list(prompts), image_prompt=shown, **size, **fields)
+    return media.contact_sheet(np.concatenate([shown, made]), columns=len(shown))
 
 
 def _enlarged(pipe, factor, batch, fields) -> np.ndarray:

@@ -63,9 +63,10 @@ def test_equals_transformers(relative_error):
     ours = from_transformers(tensors, TINY_CLIP, "the reference")
     params = traverse_util.unflatten_dict({name: jnp.asarray(np.asarray(t)) for name, t in ours.items()}, sep="/")
     with torch.no_grad():
-        expected = theirs.vision_model(torch.tensor(np.asarray(IMAGES)).permute(0, 3, 1, 2))
+        expected = theirs.vision_model(torch.tensor(np.asarray(IMAGES)).permute(0, 3, 1, 2), output_hidden_states=True)
         features = theirs.visual_projection(expected.pooler_output)
     own = {name: params[name] for name in ("vision_model", "visual_projection")}
     states = jax.jit(lambda p: CLIPVision(TINY_CLIP.vision_config).apply({"params": p}, IMAGES))(own)
     assert relative_error(states.tokens, expected.last_hidden_state.numpy()) < 1e-5
     assert relative_error(states.pooled, features.numpy()) < 1e-5
+    assert relative_error(states.before_last, expected.hidden_states[-2].numpy()) < 1e-5
