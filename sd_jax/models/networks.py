@@ -15,6 +15,7 @@ from sd_jax.models.discriminator import Discriminator
 from sd_jax.models.perceptual import LPIPS
 from sd_jax.models.presets import IdentityConfig, ModelSpec, TinyVAEConfig
 from sd_jax.models.remat import policy_of
+from sd_jax.models.rrdb import RRDBNet, SRVGGNet, upscaler
 from sd_jax.models.unet import UNet
 from sd_jax.models.vae import VAE, Identity
 from sd_jax.models.vae_tiny import TinyVAE
@@ -34,6 +35,7 @@ class Networks(NamedTuple):
     perceptual: LPIPS | None = None
     aesthetic: AestheticHead | None = None
     discriminator: Discriminator | None = None
+    upscaler: RRDBNet | SRVGGNet | None = None
 
     @staticmethod
     def of(spec: ModelSpec, dtype: str = "float32", remat: str = "none") -> "Networks":
@@ -55,6 +57,8 @@ class Networks(NamedTuple):
             beside["aesthetic"] = AestheticHead(spec.aesthetic, **plain)
         if spec.discriminator is not None:
             beside["discriminator"] = Discriminator(spec.discriminator, **plain)
+        if spec.upscaler is not None:
+            beside["upscaler"] = upscaler(spec.upscaler, **plain)
         return Networks(spec, **model, **beside)
 
     def with_scaling_factor(self, factor: float) -> "Networks":
@@ -100,6 +104,9 @@ class Networks(NamedTuple):
             return (jnp.zeros((1, self.spec.aesthetic.width)),)
         if part == "discriminator":
             side = 4 * 2**self.spec.discriminator.layers
+            return (jnp.zeros((1, side, side, 3)),)
+        if part == "upscaler":
+            side = self.spec.upscaler.unshuffle
             return (jnp.zeros((1, side, side, 3)),)
         if part != "unet":
             return (jnp.zeros((1, 1), jnp.int32),)
