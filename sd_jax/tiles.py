@@ -5,6 +5,9 @@ overlap; the result is the weighted mean of what the tiles k say of a place p,
 
     y(p) = sum_k w_k(p) y_k(p) / sum_k w_k(p).                                                              (1)
 
+Within a margin of its edges, where a convolution has met the zeros around the tile, w is next to nothing: another
+tile's answer is taken wherever there is one.
+
 Where several pixels belong together (those of a latent, those that become channels), tiles begin where they do: sides
 are counted in such cells.
 """
@@ -14,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+
+_NEXT_TO_NOTHING = 1e-5  # not nothing: at the edges of the picture there is no other tile
 
 
 class Tiling(NamedTuple):
@@ -28,6 +33,7 @@ def lay_tiles(
     tile: int,  # the side; a shorter side of the picture is taken whole
     overlap: int | None = None,  # at least this much; None = a quarter of the tile
     scale: int = 1,  # shares are wanted for places so many times as fine as cells
+    margin: int = 0,  # less than half of the overlap, of which it is a part
 ) -> Tiling:
     """Tiles, evenly spread over the picture. Raises ValueError for a tile that is no larger than its overlap."""
     overlap = tile // 4 if overlap is None else overlap
@@ -35,7 +41,7 @@ def lay_tiles(
         raise ValueError(f"tiles of side {tile} cannot overlap by {overlap}: make the tile larger")
     sides = min(tile, height), min(tile, width)
     corners = [(top, left) for top in _starts(height, tile, overlap) for left in _starts(width, tile, overlap)]
-    rows, columns = (_ramp(side * scale, overlap * scale) for side in sides)
+    rows, columns = (_ramp(side * scale, overlap * scale, margin * scale) for side in sides)
     weights = (rows[:, None] * columns[None])[..., None]
     total = np.zeros((height * scale, width * scale, 1), np.float32)
     for corner in corners:
@@ -56,10 +62,11 @@ def map_tiles(
     new_scale: int,
     tile: int,  # cells, as is the overlap
     overlap: int | None = None,  # None = a quarter of the tile
+    margin: int = 0,  # of the tiles' edges, that counts only where no other tile is
 ) -> Float[np.ndarray, "new_height new_width channels"]:
     """What `function` makes of a picture, one tile after the other (Eq. 1); float32, on the host."""
     height, width = picture.shape[0] // scale, picture.shape[1] // scale
-    sides, corners, shares = lay_tiles(height, width, tile, overlap, new_scale)
+    sides, corners, shares = lay_tiles(height, width, tile, overlap, new_scale, margin)
     sums = None
     for corner, share in zip(corners, shares, strict=True):
         part = np.asarray(function(picture[window(corner, sides, scale)][None]), np.float32)[0]
@@ -76,7 +83,8 @@ def _starts(length: int, tile: int, overlap: int) -> list[int]:
     return [i * (length - tile) // (count - 1) for i in range(count)]
 
 
-def _ramp(length: int, overlap: int) -> Float[np.ndarray, " length"]:
-    """Up over the overlap and down again, in (0, 1]."""
-    rise = (np.arange(length, dtype=np.float32) + np.float32(0.5)) / np.float32(max(overlap, 1))
+def _ramp(length: int, overlap: int, margin: int) -> Float[np.ndarray, " length"]:
+    """Up over the overlap and down again, in (0, 1]; first the margin, in which it is next to nothing."""
+    from_edge = np.arange(length, dtype=np.float32) + np.float32(0.5 - margin)
+    rise = np.maximum(from_edge / np.float32(max(overlap - 2 * margin, 1)), np.float32(_NEXT_TO_NOTHING))
     return np.minimum(np.float32(1), np.minimum(rise, rise[::-1]))

@@ -56,6 +56,20 @@ def shares_in_place(height, width, tile, overlap):
     return shown
 
 
+def test_margins_count_where_no_other_tile_is():
+    """So what a tile says there is not seen, but at the edges of the picture."""
+    _, corners, shares = tiles.lay_tiles(8, 26, 8, 4, scale=2, margin=1)
+    columns = shares[:, 5, :, 0]
+    assert [left for _, left in corners] == [0, 3, 7, 10, 14, 18]
+    assert columns[1:, :2].max() < 1e-4 and columns[:-1, -2:].max() < 1e-4
+    assert columns[0, :2].min() > 1 - 1e-4 and columns[-1, -2:].min() > 1 - 1e-4
+    np.testing.assert_allclose(columns[-1, 2:6], [1 / 8, 3 / 8, 5 / 8, 7 / 8], atol=1e-4)  # the rest is a ramp
+    total = np.zeros((16, 52, 1))
+    for corner, share in zip(corners, shares, strict=True):
+        total[tiles.window(corner, (8, 8), 2)] += share
+    np.testing.assert_allclose(total, 1, atol=1e-5)
+
+
 @pytest.mark.parametrize(("tile", "overlap"), [(4, 4), (4, -1), (0, None)])
 def test_a_tile_that_is_all_overlap_is_refused(tile, overlap):
     with pytest.raises(ValueError, match=f"tiles of side {tile} cannot overlap by"):
