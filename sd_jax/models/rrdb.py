@@ -66,6 +66,7 @@ class RRDBNet(nn.Module):
     config: RRDBConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    last = "conv_last"  # the layer that makes the picture
 
     @nn.compact
     def __call__(self, image: Image) -> Larger:
@@ -80,7 +81,7 @@ class RRDBNet(nn.Module):
         for stage in range(1, cfg.stages + 1):
             h = nn.leaky_relu(upsampled_conv(h, f"conv_up{stage}", self), 0.2)
         h = nn.leaky_relu(conv(cfg.features, "conv_hr", self)(h), 0.2)
-        return 2 * conv(3, "conv_last", self)(h).astype(jnp.float32) - 1
+        return 2 * conv(3, self.last, self)(h).astype(jnp.float32) - 1
 
 
 class _PReLU(nn.Module):
@@ -102,6 +103,11 @@ class SRVGGNet(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
+    @property
+    def last(self) -> str:
+        """The layer that makes the picture."""
+        return f"body_{2 * self.config.convolutions + 2}"
+
     @nn.compact
     def __call__(self, image: Image) -> Larger:
         """Image in [-1, 1] -> about [-1, 1], not clipped, float32."""
@@ -111,7 +117,7 @@ class SRVGGNet(nn.Module):
         for i in range(0, 2 * cfg.convolutions + 2, 2):
             h = conv(cfg.features, f"body_{i}", self)(h)
             h = _PReLU(self.dtype, self.param_dtype, name=f"body_{i + 1}")(h)
-        h = conv(3 * cfg.scale**2, f"body_{2 * cfg.convolutions + 2}", self)(h)
+        h = conv(3 * cfg.scale**2, self.last, self)(h)
         base = x.repeat(cfg.scale, axis=1).repeat(cfg.scale, axis=2)
         return 2 * (channels_to_pixels(h, cfg.scale).astype(jnp.float32) + base) - 1
 

@@ -8,6 +8,7 @@ from sd_jax.training.autoencoder import AUTOENCODER
 from sd_jax.training.consistency import LCM_LORA
 from sd_jax.training.contrastive import CLIP
 from sd_jax.training.dreambooth import DREAMBOOTH
+from sd_jax.training.esrgan import ESRGAN
 from sd_jax.training.features import FEATURES
 from sd_jax.training.full import FULL
 from sd_jax.training.hypernetwork import HYPERNETWORK
@@ -23,6 +24,7 @@ METHODS = {
     "textual_inversion": TEXTUAL_INVERSION,
     "hypernetwork": HYPERNETWORK,
     "autoencoder": AUTOENCODER,
+    "esrgan": ESRGAN,
     "super_resolution": SUPER_RESOLUTION,
     "clip": CLIP,
     "features": FEATURES,

@@ -1,5 +1,7 @@
 """The picture that a run draws of its progress: of prompts, or what the model makes of pictures that there are."""
 
+from collections.abc import Callable
+
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -9,7 +11,8 @@ from sd_jax.models.vae import to_image, to_pixels
 from sd_jax.sampling.pipeline import Pipeline
 from sd_jax.training.methods import method_of
 from sd_jax.training.start import Model
-from sd_jax.types import Conditioning, Params
+from sd_jax.types import Conditioning, Params, Pixels
+from sd_jax.upscalers.esrgan import Upscaler
 
 SEED = 0  # the same noise at every step of a run: what changes is the model
 
@@ -21,6 +24,9 @@ def draw(config: ConfigDict, model: Model, params: Params, batch: dict[str, np.n
     """A sheet, uint8 [height, width, 3]. An autoencoder shows pictures of `batch` and, below, what it makes of them; a
     model that enlarges shows them made small, what it makes of those, and them."""
     params = dict(params)
+    if config.method == "esrgan":
+        larger = Upscaler(model.networks.spec.upscaler, params["upscaler"], config.dtype)
+        return _enlarged(larger, larger.scale, batch["pixels"][:SHOWN])
     adapter = params.pop("adapter", None)
     pipe = Pipeline(model.networks.spec, params, model.tokenizer, config.dtype)
     if adapter is not None:
@@ -38,19 +44,23 @@ def draw(config: ConfigDict, model: Model, params: Params, batch: dict[str, np.n
         "seed": SEED,
     }
     if config.method == "super_resolution":
-        return _enlarged(pipe, config.super_resolution.factor, batch, fields)
+        told = _told(pipe, batch)
+        size = {"height": batch["pixels"].shape[1], "width": batch["pixels"].shape[2]}
+        enlarge = lambda small: pipe.upscale(small, conditioning=told, **size, **fields)  # noqa: E731
+        return _enlarged(enlarge, config.super_resolution.factor, batch["pixels"][:SHOWN])
     size = config.data.resolution
     images = pipe.text_to_image(list(recipe.prompts), width=size, height=size, **fields)
     return media.contact_sheet(images, captions=recipe.prompts)
 
 
-def _enlarged(pipe, factor, batch, fields) -> np.ndarray:
-    large = batch["pixels"][:SHOWN]
-    small = np.asarray(to_pixels(make_small(to_image(large), factor)))
+def _told(pipe: Pipeline, batch: dict[str, np.ndarray]) -> Conditioning:
     if "input_ids" in batch:
-        told = pipe.encode_tokens(batch["input_ids"][:SHOWN])
-    else:
-        told = Conditioning(**{name: batch[name][:SHOWN] for name in ("context", "pooled") if name in batch})
-    made = pipe.upscale(small, conditioning=told, height=large.shape[1], width=large.shape[2], **fields)
+        return pipe.encode_tokens(batch["input_ids"][:SHOWN])
+    return Conditioning(**{name: batch[name][:SHOWN] for name in ("context", "pooled") if name in batch})
+
+
+def _enlarged(enlarge: Callable[[Pixels], Pixels], factor: int, large: Pixels) -> np.ndarray:
+    """Pictures made so much smaller, what is made of those, and the pictures."""
+    small = np.asarray(to_pixels(make_small(to_image(large), factor)))
     shown = small.repeat(factor, axis=1).repeat(factor, axis=2)
-    return media.contact_sheet(np.concatenate([shown, made, large]), columns=len(large))
+    return media.contact_sheet(np.concatenate([shown, enlarge(small), large]), columns=len(large))

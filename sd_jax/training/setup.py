@@ -42,7 +42,7 @@ def check_batch(config: ConfigDict, mesh: Mesh) -> None:
 
 def check_reads(config: ConfigDict, method: Method, spec: ModelSpec) -> None:
     """Raises ValueError where a config caches what the method reads as it is, or draws what it cannot."""
-    draws = {"unet", "vae", "adapter"} & set(method.trainable(config, spec))
+    draws = {"unet", "vae", "adapter", "upscaler"} & set(method.trainable(config, spec))
     if config.sample_steps and not draws:
         raise ValueError(f"config.sample_steps: config.method={config.method!r} makes no pictures, set it to 0")
     for key, what in (("cache_latents", "latents"), ("cache_text", "captions")):

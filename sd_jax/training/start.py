@@ -137,6 +137,8 @@ def _paths_beside(config: ConfigDict) -> dict[str, str]:
     """Of what no checkpoint for pictures has; see checkpoints/beside.py."""
     if config.method == "autoencoder":
         return {"perceptual": config.init_perceptual}
+    if config.method == "esrgan":
+        return {"perceptual": config.init_perceptual, "upscaler": config.init_upscaler}
     return {"clip": config.init_clip} if config.method in ("clip", "aesthetic") else {}
 
 

@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from sd_jax import hardware, sharding
 from sd_jax.checkpoints.beside import open_beside
 from sd_jax.checkpoints.place import place
+from sd_jax.checkpoints.upscaler import save_upscaler
 from sd_jax.models.presets import SRVGGConfig, UpscalerConfig
 from sd_jax.models.rrdb import upscaler
 from sd_jax.models.vae import to_image, to_pixels
@@ -75,6 +76,11 @@ class Upscaler:
                 sums = map_tiles(self._enlarge, picture, side, side * self.scale, tile, apart, margin=apart // 4)
                 of_it[...] = np.rint(sums, out=sums)
         return larger[:, : height * self.scale, : width * self.scale]
+
+    def save(self, path: str | os.PathLike, layout: str | None = None, dtype: str | None = None) -> None:
+        """Writes a .safetensors or .pth file. layout: None = Real-ESRGAN's; or "esrgan", "bsrgan". dtype: None =
+        float32. Raises as `checkpoints.upscaler.save_upscaler`."""
+        save_upscaler(path, self.config, self.params, layout, dtype)
 
     def _enlarge(self, pixels: np.ndarray):
         return _run(self.network, self.params, pixels)
