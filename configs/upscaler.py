@@ -9,6 +9,10 @@ picture of shapes world is flat, and where pixels repeated are right already, l1
 (27.9 dB after 300 steps as before the first). A published file goes on learning, its sizes in place of these, with
 --config.init_upscaler=RealESRGAN_x4plus.pth --config.data.path=FOLDER.
 
+Measured: the compact one without a discriminator, 300 steps (--config.total_steps=300), a minute of processor time, six
+of the clock on two cores busy with other work. Of 64 other pictures PSNR is then 33.9 dB; bicubic enlargement has 30.4,
+pixels repeated 28.3. What the others reach has not been measured; a step of the larger network takes some 3 seconds.
+
     upscaler = sd_jax.load_upscaler("runs/upscaler")
     upscaler.save("upscaler.safetensors")  # by Real-ESRGAN's names, for other programs
 """
