@@ -62,10 +62,10 @@ $(INSTALLED): setup.py constraints.txt | .venv/bin/python
 	$(RUN) -m pip install -qq --constraint constraints.txt --editable ".[test$(EXTRAS:%=$(comma)%)]"
 	@touch $@
 
-# k-diffusion, open_clip and lycoris without their own requirements, of which the tests need two small ones.
+# k-diffusion, open_clip, lycoris and spandrel without their own requirements, of which the tests need two small ones.
 $(REFERENCES): $(INSTALLED)
-	@echo "installing the references of the parity tests (torch, diffusers, k-diffusion, open_clip, lycoris, scikit-image)"
+	@echo "installing the references of the parity tests (torch, diffusers, k-diffusion, open_clip, and others)"
 	$(RUN) -m pip install -qq --constraint constraints.txt --editable ".[parity]"
 	$(RUN) -m pip install -qq --constraint constraints.txt --no-deps k-diffusion open_clip_torch \
-		lycoris-lora einops toml
+		lycoris-lora spandrel einops toml
 	@touch $@

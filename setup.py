@@ -41,9 +41,9 @@ EXTRAS_REQUIRE = {
     ],
     # Preparing data on several machines (`sd_jax.data.prepare --executor=ray`): scheduling and retries across them
     "prep": ["ray[data]>=2.60"],
-    # References that the parity tests compare with. sd_jax itself never imports them. k-diffusion, open_clip and
-    # lycoris are three more: what they require (wandb, torchvision) is not wanted, so `make parity` installs them with
-    # --no-deps.
+    # References that the parity tests compare with. sd_jax itself never imports them. k-diffusion, open_clip, lycoris
+    # and spandrel are four more: what they require (wandb, torchvision) is not wanted, so `make parity` installs them
+    # with --no-deps.
     "parity": ["torch==2.13.0", "diffusers==0.42.1", "peft>=0.21", "accelerate>=1.15", "scikit-image>=0.26"],
 }
 

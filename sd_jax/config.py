@@ -9,15 +9,10 @@ import pathlib
 
 from ml_collections import ConfigDict
 
+ADVERSARIAL = ("autoencoder", "esrgan")  # methods that a discriminator may play with
 CONTROLS = ("controlnet", "t2i_adapter")  # methods that learn to steer a model by pictures
-ADAPTING = (
-    "lora",
-    "lcm_lora",
-    "textual_inversion",
-    "hypernetwork",
-    "ip_adapter",
-    *CONTROLS,
-)  # they leave the model as it is
+# Methods that leave the model as it is
+ADAPTING = ("lora", "lcm_lora", "textual_inversion", "hypernetwork", "ip_adapter", *CONTROLS)
 
 
 def parse_arg(arg: str | None, **defaults) -> ConfigDict:
@@ -52,7 +47,8 @@ def training_defaults(method: str) -> ConfigDict:
     The result is locked: a key that is not here, misspelt perhaps, raises AttributeError.
 
     `config.diffusion` exists for methods that train on noised latents, `config.autoencoder` for the autoencoder,
-    `config.super_resolution` for the method that makes pictures larger.
+    `config.super_resolution` for the method that makes pictures larger, `config.esrgan` for the one that does it in one
+    step.
     """
     config = ConfigDict()
     config.method = method  # a row of sd_jax/training/methods.py
@@ -143,15 +139,20 @@ def training_defaults(method: str) -> ConfigDict:
     config.mesh = ConfigDict({"slice": 1, "data": -1, "fsdp": 1, "tensor": 1})
     config.parallelism = "jit"  # or "pmap": plain data parallelism
 
-    if method == "autoencoder":
+    if method in ADVERSARIAL:
         config.init_perceptual = ""  # a run of method "features", or two files: torchvision's vgg16 and lpips'
-        config.autoencoder = ConfigDict({"l1_weight": 1.0, "l2_weight": 1.0, "kl_weight": 1e-6})
-        config.autoencoder.perceptual_weight = 0.0  # LPIPS; 1 in Stable Diffusion
-        config.autoencoder.discriminator_weight = 0.0  # PatchGAN; 0.5 in Stable Diffusion
-        config.autoencoder.adaptive_weight = True  # the discriminator's gradient is made as large as the others'
-        config.autoencoder.discriminator_start = 0  # step from which on it plays; 50,000 in Stable Diffusion
-        config.autoencoder.discriminator_learning_rate = 1e-4
-        config.autoencoder.r1_weight = 0.0  # a penalty of the discriminator's gradient at real pictures
+        own = ConfigDict({"l1_weight": 1.0, "l2_weight": 1.0 if method == "autoencoder" else 0.0})
+        own.perceptual_weight = 0.0  # LPIPS; 1 in Stable Diffusion
+        own.discriminator_weight = 0.0  # PatchGAN; 0.5 in Stable Diffusion
+        own.adaptive_weight = True  # the discriminator's gradient is made as large as the others'
+        own.discriminator_start = 0  # step from which on it plays; 50,000 in Stable Diffusion
+        own.discriminator_learning_rate = 1e-4
+        own.r1_weight = 0.0  # a penalty of the discriminator's gradient at real pictures
+        config[method] = own
+    if method == "autoencoder":
+        config.autoencoder.kl_weight = 1e-6
+    elif method == "esrgan":
+        config.init_upscaler = ""  # any path that load_upscaler takes; empty = from nothing
     elif method == "clip":
         config.init_clip = ""  # any path that load_clip takes, or a run of this method; empty = from nothing
         config.clip = ConfigDict({"noised": False})  # noised pictures, for guidance; needs `init` with an autoencoder

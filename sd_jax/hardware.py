@@ -7,6 +7,7 @@ without looking them up again: whoever pays knows better, and says so (`--price`
 
 import contextlib
 import contextvars
+import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -32,6 +33,20 @@ def target(platform: str) -> Iterator[None]:
         yield
     finally:
         _TARGET.reset(token)
+
+
+def free_memory() -> int | None:
+    """Bytes that the first device has left, or the machine where that is a CPU; None = unknown."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        known = "bytes_limit" in stats and "bytes_in_use" in stats
+        return stats["bytes_limit"] - stats["bytes_in_use"] if known else None
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
 
 
 # Peak FLOP/s by `jax.Device.device_kind`. jax calls v5e "TPU v5 lite" and v5p "TPU v5"

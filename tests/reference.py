@@ -46,6 +46,23 @@ def k_diffusion() -> types.SimpleNamespace:
     return types.SimpleNamespace(sampling=sampling, external=external)
 
 
+def spandrel(architecture: str) -> types.ModuleType:
+    """One of spandrel's architectures, "ESRGAN" or "Compact"; the test is skipped where it or torch is not installed.
+
+    Its package's own __init__ imports all of them, torchvision with some, and does not run.
+    """
+    pytest.importorskip("torch")
+    spec = importlib.util.find_spec("spandrel")
+    if spec is None:
+        pytest.skip("spandrel is not installed")
+    if "spandrel" not in sys.modules:
+        package = types.ModuleType("spandrel")
+        package.__spec__ = spec
+        package.__path__ = [str(Path(spec.origin).parent)]
+        sys.modules["spandrel"] = package
+    return importlib.import_module(f"spandrel.architectures.{architecture}")
+
+
 def diffusers() -> types.ModuleType:
     """diffusers; the test is skipped where it or torch is not installed."""
     pytest.importorskip("torch")

@@ -44,7 +44,7 @@ def test_config_says_its_command_and_resolves(path):
     assert {key for key in _leaves(config) if key.split(".")[0] != "model"} == known
 
 
-@pytest.mark.parametrize("method", ["full", "autoencoder"])
+@pytest.mark.parametrize("method", ["full", "autoencoder", "esrgan"])
 def test_no_key_is_dead(method):
     """Every key is read somewhere in the package, as `config...key` or `cfg.key`."""
     read = set()

@@ -20,6 +20,7 @@ FLOORS = {
     "config": 1,
     "trees": 1,
     "media": 1,
+    "tiles": 1,
     "sharding": 1,
     "distributed": 1,
     "flops": 1,

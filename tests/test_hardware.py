@@ -34,3 +34,8 @@ def test_peak_of_a_chip_under_each_of_its_names():
 @pytest.mark.parametrize("name", hardware.CHIPS)
 def test_chip_that_can_be_planned_for_has_a_known_peak(name):
     assert hardware.peak_flops(hardware.CHIPS[name].device_kind) > 1e14
+
+
+def test_free_memory_is_that_of_the_device():
+    free = hardware.free_memory()
+    assert free is None or free > 2**20

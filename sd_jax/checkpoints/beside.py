@@ -4,6 +4,7 @@ clip           a workdir of ours, or any CLIP that `checkpoints/clip.py` opens
 image_encoder  its vision tower alone, of all these or of what `clip.open_vision` opens besides
 perceptual     a workdir of method "features", or two files joined by a comma, torchvision's VGG16 and LPIPS' weights
 aesthetic      a workdir of ours, or a file of LAION's layout
+upscaler       a workdir of ours, or a file of ESRGAN's or Real-ESRGAN's layouts
 others         a workdir of ours
 """
 
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sd_jax.checkpoints import aesthetic, clip, detect, judges, native, tokenizer_files
+from sd_jax.checkpoints import aesthetic, clip, detect, judges, native, tokenizer_files, upscaler
 from sd_jax.checkpoints.errors import CheckpointError
 from sd_jax.models.presets import FeaturesConfig, ModelSpec
 from sd_jax.types import Params
@@ -45,6 +46,9 @@ def open_beside(part: str, path: str | os.PathLike, weights: str = "ema") -> Bes
     if part == "aesthetic":
         config, variables = aesthetic.load(path)
         return Beside(config, variables["params"])
+    if part == "upscaler":
+        opened = upscaler.open_upscaler(path)
+        return Beside(opened.config, opened.params)
     raise CheckpointError(f"{path}: no workdir of ours, and nothing else holds a {part}")
 
 

@@ -16,6 +16,7 @@ from sd_jax.models.discriminator import Discriminator
 from sd_jax.models.perceptual import LPIPS
 from sd_jax.models.presets import IdentityConfig, ModelSpec, TinyVAEConfig
 from sd_jax.models.remat import policy_of
+from sd_jax.models.rrdb import RRDBNet, SRVGGNet, upscaler
 from sd_jax.models.unet import UNet
 from sd_jax.models.vae import VAE, Identity
 from sd_jax.models.vae_tiny import TinyVAE
@@ -36,6 +37,7 @@ class Networks(NamedTuple):
     aesthetic: AestheticHead | None = None
     discriminator: Discriminator | None = None
     image_encoder: CLIPVision | None = None
+    upscaler: RRDBNet | SRVGGNet | None = None
 
     @staticmethod
     def of(spec: ModelSpec, dtype: str = "float32", remat: str = "none") -> "Networks":
@@ -59,6 +61,8 @@ class Networks(NamedTuple):
             beside["discriminator"] = Discriminator(spec.discriminator, **plain)
         if spec.image_encoder is not None:
             beside["image_encoder"] = CLIPVision(spec.image_encoder.vision_config, **plain)
+        if spec.upscaler is not None:
+            beside["upscaler"] = upscaler(spec.upscaler, **plain)
         return Networks(spec, **model, **beside)
 
     def with_scaling_factor(self, factor: float) -> "Networks":
@@ -107,6 +111,9 @@ class Networks(NamedTuple):
             return (jnp.zeros((1, side, side, 3)),)
         if part == "image_encoder":
             side = self.spec.image_encoder.vision_config.image_size
+            return (jnp.zeros((1, side, side, 3)),)
+        if part == "upscaler":
+            side = self.spec.upscaler.unshuffle
             return (jnp.zeros((1, side, side, 3)),)
         if part != "unet":
             return (jnp.zeros((1, 1), jnp.int32),)

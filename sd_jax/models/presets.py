@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from sd_jax.types import NoiseScheduleConfig
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # of a model, by the names of a diffusers folder
-BESIDE = (  # what is trained to guide, teach or judge it, or lends it its eyes
-    *("clip", "features", "perceptual", "aesthetic", "discriminator"),
-    "image_encoder",
-)
+# What is trained to guide, teach or judge it, lends it its eyes, and makes its pictures larger
+BESIDE = ("clip", "features", "perceptual", "aesthetic", "discriminator", "image_encoder", "upscaler")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +221,47 @@ class DiscriminatorConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RRDBConfig:
+    """The network of ESRGAN and Real-ESRGAN; the defaults are those of RealESRGAN_x4plus."""
+
+    scale: int = 4  # a power of two
+    unshuffle: int = 1  # squares of so many pixels a side become channels first: Real-ESRGAN's x2 has 2, its x1 has 4
+    features: int = 64
+    blocks: int = 23
+    growth: int = 32  # channels that each convolution of a dense block adds
+
+    def __post_init__(self):
+        if self.scale not in (1, 2, 4, 8, 16) or self.unshuffle not in (1, 2, 4):
+            raise ValueError(
+                f"an RRDBNet of scale={self.scale}, unshuffle={self.unshuffle}: scales are 1, 2, 4, 8 or 16, "
+                "and 1 (none), 2 or 4 pixels a side become channels"
+            )
+
+    @property
+    def stages(self) -> int:
+        """That double the size."""
+        return (self.scale * self.unshuffle).bit_length() - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SRVGGConfig:
+    """Real-ESRGAN's compact network; the defaults are those of realesr-general-x4v3."""
+
+    scale: int = 4
+    features: int = 64
+    convolutions: int = 32  # between the first and the last
+
+    unshuffle = 1
+
+    def __post_init__(self):
+        if self.scale < 1:
+            raise ValueError(f"a compact upscaler of scale={self.scale}: give 1 or more")
+
+
+UpscalerConfig = RRDBConfig | SRVGGConfig
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """Everything about a text-to-image model, and what is trained beside it, but its weights and its words."""
 
@@ -239,6 +278,7 @@ class ModelSpec:
     aesthetic: AestheticConfig | None = None
     discriminator: DiscriminatorConfig | None = None
     image_encoder: CLIPConfig | None = None  # of which there is the vision tower alone
+    upscaler: UpscalerConfig | None = None
 
     @property
     def text_encoders(self) -> dict[str, CLIPTextConfig]:
@@ -291,6 +331,7 @@ class ModelSpec:
         kinds = {"unet": UNetConfig, "vae": vae, "text_encoder": CLIPTextConfig, "text_encoder_2": CLIPTextConfig}
         kinds |= {"noise_schedule": NoiseScheduleConfig, "features": FeaturesConfig, "perceptual": FeaturesConfig}
         kinds |= {"aesthetic": AestheticConfig, "discriminator": DiscriminatorConfig}
+        kinds["upscaler"] = RRDBConfig if "blocks" in (data.get("upscaler") or {}) else SRVGGConfig
         made = {}
         for name, value in data.items():
             if name in ("clip", "image_encoder") and value is not None:

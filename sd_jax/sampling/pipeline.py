@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from sd_jax import sharding, trees
+from sd_jax import hardware, sharding, trees
 from sd_jax.checkpoints.load import open_checkpoint
 from sd_jax.checkpoints.place import place
 from sd_jax.checkpoints.save import save_checkpoint
@@ -29,7 +29,7 @@ from sd_jax.sampling.clip import Clip
 from sd_jax.sampling.conditioning import refuse_untold, time_ids
 from sd_jax.sampling.control import Hint
 from sd_jax.sampling.denoising import Given, Start, check_finite, count_walked
-from sd_jax.sampling.tiles import choose_tile, decode_tiled, encode_tiled, free_memory
+from sd_jax.sampling.tiles import choose_tile, decode_tiled, encode_tiled
 from sd_jax.types import AnyArray, Conditioning, Image, Latents, Params, Pixels, Recipe, TokenIds
 
 # The fields that only some jobs read
@@ -234,7 +234,7 @@ class Pipeline:
         )
 
     def _tile_for(self, batch: int, height: int, width: int) -> int | None:
-        return choose_tile(self.spec.vae, height, width, batch, free_memory())
+        return choose_tile(self.spec.vae, height, width, batch, hardware.free_memory())
 
     # --- Jobs --------------------------------------------------------------------------------------------------------
     #

@@ -1,9 +1,4 @@
-"""Work on pictures larger than memory or training allows: in overlapping tiles of one size, with feathered seams.
-
-All tiles have the same size, so that one compilation serves them. The weight w of a tile rises from its edge over the
-overlap; the result is the weighted mean of what the tiles k say of a place p,
-
-    y(p) = sum_k w_k(p) y_k(p) / sum_k w_k(p).                                                              (1)
+"""Sampling in tiles (`sd_jax/tiles.py`, Eq. 1 there): pictures larger than memory or training allows.
 
 The autoencoder is tiled on the host, one picture and one tile after the other. It is not quite local: group norms and
 attention see a tile alone, so that a tiled decode is near a whole one, but not equal to it. Denoising is tiled inside
@@ -12,9 +7,8 @@ the compiled loop, at every call: MultiDiffusion (Bar-Tal et al. 2023, arXiv 230
 Tiles and overlaps are measured in latents throughout.
 """
 
-import pathlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,54 +17,8 @@ from jaxtyping import Array, Float
 
 from sd_jax.diffusion.denoiser import ConditionedDenoise
 from sd_jax.models.presets import AutoencoderConfig, TinyVAEConfig
+from sd_jax.tiles import lay_tiles, map_tiles
 from sd_jax.types import Image, Latents, Pixels
-
-
-class Tiling(NamedTuple):
-    sides: tuple[int, int]  # height and width of every tile
-    corners: list[tuple[int, int]]  # top and left of each
-    shares: Float[np.ndarray, "tiles height width 1"]  # w_k / sum w of Eq. 1
-
-
-def lay_tiles(
-    height: int,
-    width: int,
-    tile: int,  # the side; a shorter side of the picture is taken whole
-    overlap: int | None = None,  # at least this much; None = a quarter of the tile
-    scale: int = 1,  # shares are wanted for places so many times as fine as latents
-) -> Tiling:
-    """Tiles, evenly spread over the picture. Raises ValueError for a tile that is no larger than its overlap."""
-    overlap = tile // 4 if overlap is None else overlap
-    if not 0 <= overlap < tile:
-        raise ValueError(f"tiles of {tile} latents cannot overlap by {overlap}: make the tile larger")
-    sides = min(tile, height), min(tile, width)
-    corners = [(top, left) for top in _starts(height, tile, overlap) for left in _starts(width, tile, overlap)]
-    rows, columns = (_ramp(side * scale, overlap * scale) for side in sides)
-    weights = (rows[:, None] * columns[None])[..., None]
-    total = np.zeros((height * scale, width * scale, 1), np.float32)
-    for corner in corners:
-        total[window(corner, sides, scale)] += weights
-    return Tiling(sides, corners, np.stack([weights / total[window(corner, sides, scale)] for corner in corners]))
-
-
-def window(corner: tuple[int, int], sides: tuple[int, int], scale: int = 1) -> tuple[slice, slice]:
-    """Rows and columns of a tile, in an array of places `scale` times as fine as latents."""
-    top, left = (slice(start * scale, (start + side) * scale) for start, side in zip(corner, sides, strict=True))
-    return top, left
-
-
-def _starts(length: int, tile: int, overlap: int) -> list[int]:
-    if length <= tile:
-        return [0]
-    count = -(-(length - overlap) // (tile - overlap))
-    return [i * (length - tile) // (count - 1) for i in range(count)]
-
-
-def _ramp(length: int, overlap: int) -> Float[np.ndarray, " length"]:
-    """Up over the overlap and down again, in (0, 1]."""
-    rise = (np.arange(length, dtype=np.float32) + np.float32(0.5)) / np.float32(max(overlap, 1))
-    return np.minimum(np.float32(1), np.minimum(rise, rise[::-1]))
-
 
 # -- The autoencoder ---------------------------------------------------------------------------------------------------
 
@@ -83,7 +31,7 @@ def decode_tiled(
     overlap: int | None = None,  # None = a quarter of the tile
 ) -> Float[np.ndarray, "batch height width 3"]:
     """The picture, tile by tile (Eq. 1); float32, on the host."""
-    return _map_tiles(decode, np.asarray(latents), 1, factor, tile, overlap)
+    return np.stack([map_tiles(decode, each, 1, factor, tile, overlap) for each in np.asarray(latents)])
 
 
 def encode_tiled(
@@ -94,23 +42,7 @@ def encode_tiled(
     overlap: int | None = None,
 ) -> Float[np.ndarray, "batch h w channels"]:
     """The latents, tile by tile (Eq. 1); float32, on the host. Tiles begin where a latent does."""
-    return _map_tiles(encode, np.asarray(image), factor, 1, tile, overlap)
-
-
-def _map_tiles(function: Callable, array: np.ndarray, scale: int, new_scale: int, tile: int, overlap: int | None):
-    """`function` takes [1, rows, columns, c], places `scale` times as fine as latents, to `new_scale` times as fine."""
-    height, width = array.shape[1] // scale, array.shape[2] // scale
-    sides, corners, shares = lay_tiles(height, width, tile, overlap, new_scale)
-    results = []
-    for picture in array:
-        sums = None
-        for corner, share in zip(corners, shares, strict=True):
-            part = np.asarray(function(picture[window(corner, sides, scale)][None]), np.float32)[0]
-            if sums is None:
-                sums = np.zeros((height * new_scale, width * new_scale, part.shape[-1]), np.float32)
-            sums[window(corner, sides, new_scale)] += share * part
-        results.append(sums)
-    return np.stack(results)
+    return np.stack([map_tiles(encode, each, factor, 1, tile, overlap) for each in np.asarray(image)])
 
 
 # -- Whether the autoencoder needs tiles -------------------------------------------------------------------------------
@@ -123,7 +55,7 @@ def choose_tile(
     height: int,  # of the picture, in pixels
     width: int,
     batch: int,
-    free: int | None,  # bytes, of `free_memory`; None = unknown
+    free: int | None,  # bytes, of `hardware.free_memory`; None = unknown
 ) -> int | None:
     """The tile for `decode_tiled` and `encode_tiled`; None where the whole batch fits into memory, or that is unknown.
 
@@ -150,20 +82,6 @@ def peak_bytes(vae: AutoencoderConfig, height: int, width: int) -> int:
     tiny = isinstance(vae, TinyVAEConfig)
     channels = vae.decoder_block_out_channels[-1] if tiny else vae.block_out_channels[:2][-1]
     return 4 * 4 * channels * height * width
-
-
-def free_memory() -> int | None:
-    """Bytes that the first device has left, or the machine where that is a CPU; None = unknown."""
-    device = jax.local_devices()[0]
-    if device.platform != "cpu":
-        stats = device.memory_stats() or {}
-        known = "bytes_limit" in stats and "bytes_in_use" in stats
-        return stats["bytes_limit"] - stats["bytes_in_use"] if known else None
-    try:
-        lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
 
 
 # -- Denoising ---------------------------------------------------------------------------------------------------------

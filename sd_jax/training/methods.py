@@ -9,6 +9,7 @@ from sd_jax.training.consistency import LCM_LORA
 from sd_jax.training.contrastive import CLIP
 from sd_jax.training.control import CONTROL
 from sd_jax.training.dreambooth import DREAMBOOTH
+from sd_jax.training.esrgan import ESRGAN
 from sd_jax.training.features import FEATURES
 from sd_jax.training.full import FULL
 from sd_jax.training.hypernetwork import HYPERNETWORK
@@ -28,6 +29,7 @@ METHODS = {
     "controlnet": CONTROL,
     "t2i_adapter": CONTROL,
     "autoencoder": AUTOENCODER,
+    "esrgan": ESRGAN,
     "super_resolution": SUPER_RESOLUTION,
     "clip": CLIP,
     "features": FEATURES,

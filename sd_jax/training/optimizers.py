@@ -22,6 +22,7 @@ import optax
 import optax.contrib
 from ml_collections import ConfigDict
 
+from sd_jax.config import ADVERSARIAL
 from sd_jax.training.anchor import pull_to_start
 from sd_jax.training.quantized import scale_by_quantized_adam
 from sd_jax.types import Params
@@ -65,9 +66,9 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     links += [scale_by_group(cfg.rates)] if cfg.rates else []
     links += [keep_norms()] if config.get("textual_inversion", {}).get("keep_norm") else []
     chain = optax.chain(*links)
-    if "autoencoder" in config and config.autoencoder.discriminator_weight:
+    if config.method in ADVERSARIAL and config[config.method].discriminator_weight:
         # The networks that play against each other have each their own Adam and their own norm
-        other = optax.adam(config.autoencoder.discriminator_learning_rate, b1=0.5, b2=0.9)
+        other = optax.adam(config[config.method].discriminator_learning_rate, b1=0.5, b2=0.9)
         own = lambda params: {part: "model" if part != "discriminator" else part for part in params}  # noqa: E731
         chain = optax.partition({"model": chain, "discriminator": other}, own)
     if not config.trainable:

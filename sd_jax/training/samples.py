@@ -1,5 +1,7 @@
 """The picture that a run draws of its progress: of prompts, or what the model makes of pictures that there are."""
 
+from collections.abc import Callable
+
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -10,7 +12,8 @@ from sd_jax.sampling.pipeline import Pipeline
 from sd_jax.training import control
 from sd_jax.training.methods import method_of
 from sd_jax.training.start import Model
-from sd_jax.types import Conditioning, Params
+from sd_jax.types import Conditioning, Params, Pixels
+from sd_jax.upscalers.esrgan import Upscaler
 
 SEED = 0  # the same noise at every step of a run: what changes is the model
 
@@ -24,6 +27,9 @@ def draw(config: ConfigDict, model: Model, params: Params, batch: dict[str, np.n
     them with the same captions, and the pictures that they are of; an IP-Adapter pictures, and below what it makes of
     them and of `samples.prompts`."""
     params = dict(params)
+    if config.method == "esrgan":
+        larger = Upscaler(model.networks.spec.upscaler, params["upscaler"], config.dtype)
+        return _enlarged(larger, larger.scale, batch["pixels"][:SHOWN])
     adapter = params.pop("adapter", None)
     pipe = Pipeline(model.networks.spec, params, model.tokenizer, config.dtype)
     if adapter is not None:
@@ -43,7 +49,10 @@ def draw(config: ConfigDict, model: Model, params: Params, batch: dict[str, np.n
     if adapter is not None and "control" in config:
         return _steered(pipe, control.model_of(config, model.networks.spec, adapter), batch, fields)
     if config.method == "super_resolution":
-        return _enlarged(pipe, config.super_resolution.factor, batch, fields)
+        told = _told(pipe, batch)
+        size = {"height": batch["pixels"].shape[1], "width": batch["pixels"].shape[2]}
+        enlarge = lambda small: pipe.upscale(small, conditioning=told, **size, **fields)  # noqa: E731
+        return _enlarged(enlarge, config.super_resolution.factor, batch["pixels"][:SHOWN])
     if config.method == "ip_adapter":
         return _shown(pipe, recipe.prompts, batch, fields)
     size = config.data.resolution
@@ -51,7 +60,7 @@ def draw(config: ConfigDict, model: Model, params: Params, batch: dict[str, np.n
     return media.contact_sheet(images, captions=recipe.prompts)
 
 
-def _told(pipe, batch) -> Conditioning:
+def _told(pipe: Pipeline, batch: dict[str, np.ndarray]) -> Conditioning:
     """What the captions of the pictures that are shown say."""
     if "input_ids" in batch:
         return pipe.encode_tokens(batch["input_ids"][:SHOWN])
@@ -72,9 +81,8 @@ def _shown(pipe, prompts, batch, fields) -> np.ndarray:
     return media.contact_sheet(np.concatenate([shown, made]), columns=len(shown))
 
 
-def _enlarged(pipe, factor, batch, fields) -> np.ndarray:
-    large = batch["pixels"][:SHOWN]
+def _enlarged(enlarge: Callable[[Pixels], Pixels], factor: int, large: Pixels) -> np.ndarray:
+    """Pictures made so much smaller, what is made of those, and the pictures."""
     small = np.asarray(to_pixels(make_small(to_image(large), factor)))
-    made = pipe.upscale(small, conditioning=_told(pipe, batch), height=large.shape[1], width=large.shape[2], **fields)
     shown = small.repeat(factor, axis=1).repeat(factor, axis=2)
-    return media.contact_sheet(np.concatenate([shown, made, large]), columns=len(large))
+    return media.contact_sheet(np.concatenate([shown, enlarge(small), large]), columns=len(large))

@@ -16,7 +16,7 @@ from sd_jax import flops
 from sd_jax.data import mixed
 from sd_jax.diffusion import noise
 from sd_jax.models.networks import Networks
-from sd_jax.models.presets import BESIDE, PARTS, ModelSpec
+from sd_jax.models.presets import PARTS, ModelSpec
 from sd_jax.training.conditioning import states_of
 from sd_jax.training.context import Context
 from sd_jax.training.method import Method
@@ -26,6 +26,9 @@ from sd_jax.training.step import MappedStep, train_step
 from sd_jax.types import Params
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
+
+# What can be made fresh. Its place numbers its random key: each keeps its own, so that runs can be repeated
+_NUMBERED = (*PARTS, "clip", "features", "perceptual", "aesthetic", "discriminator", "adapter", "upscaler")
 
 
 def check_batch(config: ConfigDict, mesh: Mesh) -> None:
@@ -39,7 +42,7 @@ def check_batch(config: ConfigDict, mesh: Mesh) -> None:
 
 def check_reads(config: ConfigDict, method: Method, spec: ModelSpec) -> None:
     """Raises ValueError where a config caches what the method reads as it is, or draws what it cannot."""
-    draws = {"unet", "vae", "adapter"} & set(method.trainable(config, spec))
+    draws = {"unet", "vae", "adapter", "upscaler"} & set(method.trainable(config, spec))
     if config.sample_steps and not draws:
         raise ValueError(f"config.sample_steps: config.method={config.method!r} makes no pictures, set it to 0")
     for key, what in (("cache_latents", "latents"), ("cache_text", "captions")):
@@ -81,7 +84,7 @@ def initial_state(config: ConfigDict, method: Method, networks: Networks, loaded
     spec = networks.spec
 
     def make(part: str) -> Params:
-        key = jax.random.fold_in(jax.random.key(config.seed), (*PARTS, *BESIDE, "adapter").index(part))
+        key = jax.random.fold_in(jax.random.key(config.seed), _NUMBERED.index(part))
         if part == "adapter":
             return method.adapting.init(config, networks, key, frozen)
         return loaded[part] if part in loaded else networks.init(part, key)

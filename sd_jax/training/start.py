@@ -139,6 +139,8 @@ def _paths_beside(config: ConfigDict) -> dict[str, str]:
         return {"perceptual": config.init_perceptual}
     if config.method == "ip_adapter":
         return {"image_encoder": config.init_clip}
+    if config.method == "esrgan":
+        return {"perceptual": config.init_perceptual, "upscaler": config.init_upscaler}
     return {"clip": config.init_clip} if config.method in ("clip", "aesthetic") else {}
 
 

@@ -10,67 +10,10 @@ from sd_jax.models.families import SD15
 from sd_jax.models.networks import Networks
 from sd_jax.models.presets import TINY
 from sd_jax.sampling import tiles
+from sd_jax.tiles import lay_tiles, window
+from tests.test_tiles import layouts
 
 RNG = np.random.default_rng(0)
-
-
-def layouts(count, most=40):
-    """(height, width, tile, overlap) in latents: any sides, tiles from 2 latents to more than the picture."""
-    rng = np.random.default_rng(1)
-    for _ in range(count):
-        tile = int(rng.integers(2, 24))
-        yield *(int(side) for side in rng.integers(1, most, 2)), tile, int(rng.integers(0, tile))
-
-
-# -- Where tiles lie ---------------------------------------------------------------------------------------------------
-
-
-def test_tiles_are_of_one_size_overlap_enough_and_their_shares_add_up():
-    for height, width, tile, overlap in layouts(200):
-        sides, corners, shares = tiles.lay_tiles(height, width, tile, overlap)
-        assert sides == (min(tile, height), min(tile, width)) and shares.shape == (len(corners), *sides, 1)
-        total = np.zeros((height, width, 1))
-        for corner, share in zip(corners, shares, strict=True):
-            total[tiles.window(corner, sides)] += share  # fails to broadcast where a tile leaves the picture
-        np.testing.assert_allclose(total, 1, atol=1e-6)
-        for starts, side, length in zip(
-            map(sorted, map(set, zip(*corners, strict=True))), sides, (height, width), strict=True
-        ):
-            assert starts[0] == 0 and starts[-1] + side == length
-            assert all(b - a <= tile - overlap for a, b in zip(starts, starts[1:], strict=False))
-
-
-def test_no_more_tiles_than_needed():
-    count = lambda length, tile, overlap: len(tiles.lay_tiles(length, 1, tile, overlap).corners)  # noqa: E731
-    assert [count(n, 8, 2) for n in (7, 8, 9, 14, 15, 20, 21)] == [1, 1, 2, 2, 3, 3, 4]
-    assert tiles.lay_tiles(40, 8, 16).corners == tiles.lay_tiles(40, 8, 16, 4).corners  # a quarter
-
-
-def test_from_place_to_place_a_share_changes_by_at_most_one_part_of_the_overlap():
-    """So a seam is at most 1 / overlap of what tiles differ by (up to a third of the tile); without one it is all."""
-    largest = lambda overlap, size=(30, 41), tile=12: max(  # noqa: E731
-        np.abs(np.diff(shown, axis=axis)).sum(0).max() / 2
-        for shown in [shares_in_place(*size, tile, overlap)]
-        for axis in (1, 2)
-    )
-    for overlap in (1, 2, 3, 4):
-        assert largest(overlap) <= 1 / overlap + 1e-6
-    assert largest(0, size=(24, 36)) == 1
-
-
-def shares_in_place(height, width, tile, overlap):
-    """[tiles, height, width]: the shares of each tile in the whole picture."""
-    sides, corners, shares = tiles.lay_tiles(height, width, tile, overlap)
-    shown = np.zeros((len(corners), height, width))
-    for each, corner, share in zip(shown, corners, shares, strict=True):
-        each[tiles.window(corner, sides)] = share[..., 0]
-    return shown
-
-
-@pytest.mark.parametrize(("tile", "overlap"), [(4, 4), (4, -1), (0, None)])
-def test_a_tile_that_is_all_overlap_is_refused(tile, overlap):
-    with pytest.raises(ValueError, match=f"tiles of {tile} latents cannot overlap by"):
-        tiles.lay_tiles(16, 16, tile, overlap)
 
 
 # -- The autoencoder ---------------------------------------------------------------------------------------------------
@@ -128,7 +71,7 @@ def test_seams_do_not_show():
     for way, (run, function, array, whole, scale) in ways.items():
 
         def at_edges(overlap, tiled, scale=scale):
-            starts = {left for _, left in tiles.lay_tiles(16, width, tile, overlap).corners}
+            starts = {left for _, left in lay_tiles(16, width, tile, overlap).corners}
             edges = [e * scale - 1 for start in starts for e in (start, start + tile) if 0 < e < width]
             steps = np.abs(np.diff(tiled, axis=2)).mean((0, 1, 3))
             return steps[edges].max() / np.median(steps)
@@ -188,11 +131,6 @@ def test_tile_is_the_largest_that_memory_allows():
     assert tiles.choose_tile(TINY.vae, 512, 512, 1, 1_000_000) == 32
 
 
-def test_free_memory_is_that_of_the_device():
-    free = tiles.free_memory()
-    assert free is None or free > 2**20
-
-
 # -- Denoising ---------------------------------------------------------------------------------------------------------
 
 
@@ -218,10 +156,10 @@ def test_tiled_denoiser_sees_one_tile_at_a_time_and_joins_them():
     x = RNG.standard_normal((2, 10, 14, 3)).astype(np.float32)
     tiled = jax.jit(tiles.tiled_denoiser(mean, 6, 2))(jnp.asarray(x), jnp.asarray(1.0))
     assert set(seen) == {(2, 6, 6, 3)}
-    sides, corners, shares = tiles.lay_tiles(10, 14, 6, 2)
+    sides, corners, shares = lay_tiles(10, 14, 6, 2)
     expected = np.zeros_like(x)
     for corner, share in zip(corners, shares, strict=True):
-        part = (slice(None), *tiles.window(corner, sides))
+        part = (slice(None), *window(corner, sides))
         expected[part] += share * x[part].mean((1, 2), keepdims=True)
     np.testing.assert_allclose(tiled, expected, atol=1e-6)
 

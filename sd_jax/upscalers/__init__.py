@@ -1,0 +1,1 @@
+"""Picture -> larger picture, in one step."""
