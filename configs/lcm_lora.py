@@ -22,13 +22,14 @@ from sd_jax.config import parse_arg
 def get_config(arg: str | None = None) -> ConfigDict:
     args = parse_arg(arg, **ARGS)
     config = for_checkpoint("lcm_lora", args)
-    config.total_steps = 1000 if args.shapes else 6000
-    config.optimizer.learning_rate = 2e-4 if args.shapes else 1e-4
+    config.total_steps = 3000 if args.shapes else 6000
+    config.optimizer.learning_rate = 3e-4 if args.shapes else 1e-4
     config.adapter.rank = 16 if args.shapes else 64
     config.samples.sampler = config.samples.schedule = "lcm"
     config.samples.steps, config.samples.guidance_scale = 4, 1.0
     if args.shapes:
         config.data.path, config.data.two_objects = "shapes", 0.3
+        config.batch_size, config.optimizer.schedule = 32, "cosine"
         config.consistency.guidance_min, config.consistency.guidance_max = 1.5, 4.0
     if args.runlocal:
         config.adapter.rank = 4
