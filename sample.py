@@ -5,6 +5,7 @@ what is not given has the field's default, or the model's own.
 
     --init_image=PICTURE [--mask=PICTURE]        start from a picture; redraw it where a mask is white, or enlarge it
     --refiner=PATH [--refiner_switch=0.8]        another model walks the last steps, as SDXL's refiner does
+    --init_image=PICTURE --scale=2 [--enlarger=PATH]  draw it again, twice as large (--tile=512 in tiles)
     --clip=PATH --clip_guidance_scale=0.5        a CLIP guides, best one that was trained on noised pictures
     --clip=PATH --best_of=8                      of eight candidates each, that which a CLIP finds nearest the prompt
     --adapter=FILE:0.8 --adapter=OTHER           a LoRA or its kin, or a hypernetwork, on the model; several add up

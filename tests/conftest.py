@@ -6,13 +6,15 @@ import os
 import shutil
 import tempfile
 
+from tests.environment import COMPILE_FAST
+
 _TEMPORARY = tempfile.mkdtemp(prefix="sd_jax_tests_")
 atexit.register(shutil.rmtree, _TEMPORARY, ignore_errors=True)
 
 # Before the first import of jax and transformers; subprocesses that tests start inherit all of it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda,cpu runs the same tests on a GPU
-if os.environ["JAX_PLATFORMS"] == "cpu":  # programs are tiny here, and take longer to compile than to run
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ.setdefault("XLA_FLAGS", COMPILE_FAST)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(_TEMPORARY, "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ["HF_HOME"] = os.path.join(_TEMPORARY, "huggingface")  # what this machine has cached must not matter

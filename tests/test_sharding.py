@@ -234,7 +234,7 @@ print(json.dumps(row))
     ids=["unet", "block"],
 )
 def test_a_split_step_gathers_parameters_and_sends_no_activations(what, sizes, split_in_use):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": os.getcwd()}
+    environment = {**os.environ, "XLA_FLAGS": with_devices(8), "PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-c", STEP, what, json.dumps(sizes)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -253,6 +253,7 @@ events = collections.Counter()
 jax.monitoring.register_event_listener(lambda name, **_: events.update([name.rsplit("/", 1)[-1]]))
 jax.numpy.ones(3) + 1  # compiled before the cache is there
 import sd_jax
+from tests.environment import with_devices
 sd_jax.load().text_to_image("a red circle", steps=2)
 print(json.dumps({"folder": jax.config.jax_compilation_cache_dir, **events}))
 """

@@ -35,12 +35,13 @@ from sd_jax.sampling.recipe import (
 )
 from sd_jax.sampling.text_to_image import latent_size
 from sd_jax.types import Conditioning, Recipe
+from sd_jax.upscalers.esrgan import load_upscaler
 
 logger = getLogger(__name__)
 
 # Fields of an Origin: what `load` takes; and the paths of weights, of which it has the hashes
 LOADING = ("checkpoint", "dtype", "tokenizer", "vae", "weights", "config", "prediction_type", "text_encoder")
-WEIGHTS = ("checkpoint", "vae", "text_encoder", "refiner", "clip")
+WEIGHTS = ("checkpoint", "vae", "text_encoder", "refiner", "clip", "enlarger")
 INPUTS = {"image": "--init_image", "mask": "--mask", "depth": "--depth"}
 SECONDS_BETWEEN_PREVIEWS = 0.5
 
@@ -50,7 +51,7 @@ class Order:
     """A command, as it was given."""
 
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the Recipe, those that were given
-    loading: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of LOADING, refiner and clip, likewise
+    loading: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of LOADING, refiner, clip, enlarger
     image: str | None = None  # what it starts from, the mask, and the map of depth
     mask: str | None = None
     depth: str | None = None
@@ -123,6 +124,7 @@ def carry_out(order: Order) -> Iterator[pathlib.Path]:
         pipe = pipe.with_adapter(each["path"], each["strength"], each["text_strength"], image_encoder=image_encoder)
     pipe = pipe if folders["adapter_folder"] is None else pipe.with_tags(folders["adapter_folder"])
     clip = load_clip(loading["clip"], loading["dtype"]) if loading["clip"] is not None else None
+    enlarger = load_upscaler(loading["enlarger"], loading["dtype"]) if loading["enlarger"] is not None else None
     hints = _hints(order, told)
     control = [load_control(each["path"], loading["dtype"], pipe).hint(**_how(each)) for each in hints]
 
@@ -149,8 +151,8 @@ def carry_out(order: Order) -> Iterator[pathlib.Path]:
     made: dict[int, tuple[media.Picture, Recipe]] = {}
     with _Progress(pipe, steps * (best_of or 1), order) as progress:
         for batch, guide in zip(work, guides, strict=True):
-            inputs = image, mask, progress, batch.prompts, depth, refiner, guide, control
-            make = lambda recipe, inputs=inputs: pipe.make(recipe, *inputs, image_prompt=shown or None)  # noqa: E731
+            inputs = image, mask, progress, batch.prompts, depth, refiner, guide, control, shown or None, enlarger
+            make = lambda recipe, inputs=inputs: pipe.make(recipe, *inputs)  # noqa: E731
             images, recipes, scores = _best_of(make, batch, clip, best_of, len(prompts) or len(batch.numbers))
             size = images.shape[2], images.shape[1]
             origin = dataclasses.replace(origin, job=job_of(batch.recipe, image, mask, spec=pipe.spec))
@@ -286,7 +288,7 @@ def _loading(order: Order, told: Record) -> dict[str, Any]:
     if order.recipe and told.origin is None and "checkpoint" not in order.loading:
         model = f"{told.model or 'an unnamed model'} (hash {told.model_hash or 'unknown'})"
         raise ValueError(f"{order.recipe} was made by another program with {model}: give it as --checkpoint=PATH")
-    names = (*LOADING, "refiner", "clip")
+    names = (*LOADING, "refiner", "clip", "enlarger")
     defaults = {field.name: field.default for field in dataclasses.fields(Origin) if field.name in names}
     recorded = {} if told.origin is None else {name: getattr(told.origin, name) for name in names}
     return {**defaults, **recorded, **order.loading}
@@ -399,8 +401,10 @@ def _resolved(pipe: Pipeline, recipe: Recipe, job: str, size: tuple[int, int]) -
     """
     strengths = {module.__name__.split(".")[-1]: module.STRENGTH for module in (image_to_image, inpaint, hires_fix)}
     changes = {"strength": strengths[job]} if job in strengths and recipe.strength is None else {}
-    if job == "upscale" and recipe.noise_level is None:
-        changes["noise_level"] = upscale.NOISE_LEVEL
+    if job == "upscale":
+        trained = upscale.is_upscaler(pipe.spec)
+        name, default = ("noise_level", upscale.NOISE_LEVEL) if trained else ("strength", upscale.STRENGTH)
+        changes |= {name: default} if getattr(recipe, name) is None else {}
     if job == "hires_fix":
         height, width = latent_size(pipe.spec, recipe)
         size = width * pipe.spec.vae.downscale, height * pipe.spec.vae.downscale

@@ -10,6 +10,7 @@ LOADING = {  # what the model is loaded with
     "config": "The .yaml that describes a single file; none = that beside it.",
     "prediction_type": "What the U-Net predicts: epsilon, v_prediction, ...; none = what the checkpoint says.",
     "refiner": "Another checkpoint, which walks the last steps.",
+    "enlarger": "ESRGAN or Real-ESRGAN, which enlarges before a picture is drawn again in its larger size.",
     "clip": "A CLIP, which guides as far as clip_guidance_scale says, or chooses as best_of says.",
 }
 INPUTS = {  # what a command is given besides

@@ -1,15 +1,15 @@
 """Hires fix: a picture in the size that the model was trained at, enlarged, then denoised a part of the way again."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sd_jax.sampling import canvas
 from sd_jax.sampling.denoising import Given, Start, count_walked, denoise
 from sd_jax.sampling.image_to_image import encoded
 from sd_jax.sampling.resize import METHODS, resize_latents
 from sd_jax.sampling.text_to_image import latent_size
+from sd_jax.sampling.upscale import enlarged
 
 if TYPE_CHECKING:
     from sd_jax.sampling.clip import Clip
@@ -20,15 +20,22 @@ STRENGTH, SCALE = 0.6, 2.0
 
 
 def hires_fix(
-    pipe: "Pipeline", prompt, recipe: "Recipe", given: Given, output: str, callback, clip: "Clip | None" = None
+    pipe: "Pipeline",
+    prompt,
+    recipe: "Recipe",
+    given: Given,
+    output: str,
+    callback,
+    clip: "Clip | None" = None,
+    enlarger: Any = None,
 ) -> np.ndarray:
     """The job behind `Pipeline.hires_fix`, whose docstring says what the arguments are."""
     first, second, again = _passes(pipe, recipe)
     small = denoise(pipe, prompt, recipe, first, given, callback, clip=clip)
-    if recipe.upscaler == "lanczos":
+    if recipe.upscaler == "lanczos" or enlarger is not None:
         factor = pipe.spec.vae.downscale
-        height, width = (side * factor for side in second.size)
-        clean = encoded(pipe, canvas.resize(pipe.finish(small, "images"), height, width))
+        sides = (side * factor for side in second.size)
+        clean = encoded(pipe, enlarged(pipe.finish(small, "images"), *sides, enlarger, recipe.tile))
     else:
         clean = resize_latents(small, *second.size, recipe.upscaler)
     if callback is not None:

@@ -35,10 +35,11 @@ from sd_jax.types import AnyArray, Conditioning, Image, Latents, Params, Pixels,
 # The fields that only some jobs read
 _STARTED = ("image_to_image", "inpaint", "hires_fix")
 JOBS_OF_FIELD = {
-    "strength": _STARTED,
-    "strength_steps": _STARTED,
+    "strength": (*_STARTED, "upscale"),
+    "strength_steps": (*_STARTED, "upscale"),
     **dict.fromkeys(("only_masked", "padding", "extend"), ("inpaint",)),
-    **dict.fromkeys(("scale", "second_steps", "upscaler"), ("hires_fix",)),
+    "scale": ("hires_fix", "upscale"),
+    **dict.fromkeys(("second_steps", "upscaler"), ("hires_fix",)),
     "noise_level": ("upscale",),
     "refiner_switch": ("text_to_image",),
     **dict.fromkeys(("clip_guidance_scale", "clip_guidance_clamp"), ("text_to_image", *_STARTED)),
@@ -340,18 +341,21 @@ class Pipeline:
         output: str = "images",
         callback: Callable | None = None,
         clip: Clip | None = None,
+        enlarger: Any = None,  # of `load_upscaler`: enlarges the picture, in place of `upscaler`
         **recipe,  # of them: scale, second_steps, strength, strength_steps, upscaler
     ) -> np.ndarray:
         """Pictures `scale` times as large as width and height: made, enlarged, and denoised a part of the way again."""
         made = self._recipe("hires_fix", output, recipe, clip=clip)
         given = _given(latents, noise, conditioning, negative_conditioning, control, image_prompt)
-        return hires_fix.hires_fix(self, prompt, made, given, output, callback, clip)
+        return hires_fix.hires_fix(self, prompt, made, given, output, callback, clip, enlarger)
 
     def upscale(
         self,
         image: Any,  # as in image_to_image; the small picture
         prompt: str | Sequence[str] = "",
         *,
+        method: str | None = None,  # "model", "redraw" or "enlarger"; None = the first, of models trained to, or redraw
+        enlarger: Any = None,  # of `load_upscaler`; None = Lanczos' filter enlarges what is redrawn
         image_noise: AnyArray | None = None,  # on the small picture, unit variance, [batch or 1, h, w, 3]; None = drawn
         latents: Latents | None = None,
         noise: AnyArray | None = None,
@@ -361,18 +365,21 @@ class Pipeline:
         image_prompt: Any = None,
         output: str = "images",
         callback: Callable | None = None,
-        **recipe,  # of them: noise_level
+        **recipe,  # of them: noise_level (of model); scale, strength, strength_steps (of redraw, which is in tiles
+        # where `tile` says so, and follows `control`)
     ) -> np.ndarray:
-        """A picture made larger by a model that was trained to, such as Stable Diffusion's x4 upscaler.
+        """A picture made larger: by a model that was trained to, such as Stable Diffusion's x4 upscaler, by any model
+        that redraws it enlarged, or by an enlarger alone.
 
-        Where width and height do not say, it becomes as much larger as a picture is than its latents, which have the
-        size of the small picture: 4 times. On pixels, where the two are one, both must be given. The higher
-        `noise_level`, the less of the small picture is kept, and the more is made up.
-        Raises ValueError for a model that is no upscaler, media.BadImage for a file that is no picture.
+        "model": where width and height do not say, it becomes as much larger as a picture is than its latents, which
+        have the size of the small picture: 4 times. On pixels, where the two are one, both must be given. The higher
+        `noise_level`, the less of the small picture is kept, and the more is made up. "redraw": `scale` times as large,
+        2; the higher `strength`, 0.35, the more is made up.
+        Raises ValueError for a method that is not this model's, media.BadImage for a file that is no picture.
         """
         made = self._recipe("upscale", output, recipe)
         given = _given(latents, noise, conditioning, negative_conditioning, control, image_prompt)
-        return upscale.upscale(self, prompt, made, image, image_noise, given, output, callback)
+        return upscale.upscale(self, prompt, made, image, method, enlarger, image_noise, given, output, callback)
 
     def make(
         self,
@@ -386,14 +393,15 @@ class Pipeline:
         clip: Clip | None = None,
         control: Any = (),  # hints, one or several
         image_prompt: Any = None,
+        enlarger: Any = None,
     ) -> np.ndarray:
         """The pictures of a recipe, by the job that it and what is given with it mean (`job_of`).
 
         Raises ValueError for an input that this job has no use for.
         """
-        job = job_of(recipe, image, mask, depth, refiner, clip, self.spec)
+        job = job_of(recipe, image, mask, depth, refiner, clip, self.spec, enlarger)
         inputs = {"image": image, "mask": mask, "depth": depth, "refiner": refiner, "clip": clip}
-        inputs["image_prompt"] = image_prompt
+        inputs |= {"image_prompt": image_prompt, "enlarger": enlarger}
         inputs = {name: value for name, value in inputs.items() if value is not None}
         fields = _fields(recipe) | ({} if prompts is None else {"prompt": prompts})
         return getattr(self, job)(callback=callback, control=control, **inputs, **fields)
@@ -412,9 +420,9 @@ class Pipeline:
         recipe = self._recipe(job, "images", _fields(recipe), refiner, clip)
         if job == "hires_fix":
             return hires_fix.count_both(self, recipe)
-        if job in ("text_to_image", "upscale"):
+        if job == "text_to_image" or (job == "upscale" and upscale.is_upscaler(self.spec)):
             return count_walked(self, recipe, Start((1, 1)))
-        module = inpaint if job == "inpaint" else image_to_image
+        module = {"inpaint": inpaint, "upscale": upscale}.get(job, image_to_image)
         strength = module.STRENGTH if recipe.strength is None else recipe.strength
         return count_walked(self, recipe, Start((1, 1), clean=(), strength=strength))
 
@@ -483,6 +491,7 @@ def job_of(
     refiner: Any = None,
     clip: Any = None,
     spec: ModelSpec | None = None,  # None = of a model that is no upscaler
+    enlarger: Any = None,
 ) -> str:
     """The name of the job that a recipe means, with or without pictures that it starts from, for a model.
 
@@ -494,11 +503,13 @@ def job_of(
         job = "text_to_image" if recipe.scale is None else "hires_fix"
     else:
         job = "image_to_image" if mask is None and recipe.extend is None else "inpaint"
-        if job == "image_to_image" and spec is not None and upscale.is_upscaler(spec):
+        enlarges = recipe.scale is not None or (spec is not None and upscale.is_upscaler(spec))
+        if job == "image_to_image" and enlarges:
             job = "upscale"
     clipped = JOBS_OF_FIELD["clip_guidance_scale"]
     owners = {"depth": ("image_to_image",), "refiner": ("text_to_image",), "clip": clipped}
-    for (name, jobs), given in zip(owners.items(), (depth, refiner, clip), strict=True):
+    owners["enlarger"] = ("hires_fix", "upscale")
+    for (name, jobs), given in zip(owners.items(), (depth, refiner, clip, enlarger), strict=True):
         if given is not None and job not in jobs:
             raise ValueError(f"{name} is for {' and '.join(jobs)}, not for {job}: leave it out")
     return job

@@ -120,6 +120,8 @@ class Origin:
     refiner_hash: str | None = None
     clip: str | None = None  # which guided
     clip_hash: str | None = None
+    enlarger: str | None = None  # which made pictures larger on the way
+    enlarger_hash: str | None = None
     embeddings: str | None = None  # a file of textual inversion, or a folder of them
     adapter_folder: str | None = None  # where the tags of prompts found their files
     adapters: list = dataclasses.field(default_factory=list)  # {"path", "strength", "text_strength", "sha256", "tag"}
@@ -153,9 +155,11 @@ def texts(recipe: Recipe, origin: Origin, size: tuple[int, int], **more: Any) ->
     """What a picture carries. size: its width and height; more: batch, chosen, best_of, prompts or grid."""
     from sd_jax.sampling.pipeline import BUNDLED
 
-    width, height = size if recipe.scale is None else (None, None)  # A1111 tells the size of the first pass
+    scale = None if origin.job == "upscale" else recipe.scale  # which A1111 has of hires fix alone,
+    width, height = size if scale is None else (None, None)  # with the size of the first pass
     prompt = " ".join(filter(None, [recipe.prompt, *(each.get("tag") for each in origin.adapters)]))  # its only way
-    sized = dataclasses.replace(recipe, prompt=prompt, width=recipe.width or width, height=recipe.height or height)
+    sides = {"width": recipe.width or width, "height": recipe.height or height}
+    sized = dataclasses.replace(recipe, prompt=prompt, scale=scale, **sides)
     parameters = infotext.write(
         sized,
         _name(origin.checkpoint or str(BUNDLED)),

@@ -1,10 +1,13 @@
-"""Upscaling: a large picture of a small one, by a U-Net that sees it, noised, and is told how much.
+"""Upscaling: a large picture of a small one, in one of METHODS.
 
-Models of this kind are Stable Diffusion's x4 upscaler, and what config.method='super_resolution' trains.
+model     a U-Net sees the small picture, noised, and is told how much: Stable Diffusion's x4 upscaler, and what
+          config.method='super_resolution' trains
+redraw    any model: the picture is enlarged, noised a part of the way and denoised again
+enlarger  a network that enlarges in one step (`sd_jax.load_upscaler`), and nothing else
 """
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +17,7 @@ from sd_jax.diffusion import low_resolution, noise
 from sd_jax.models.vae import to_image
 from sd_jax.sampling import canvas
 from sd_jax.sampling.denoising import Start, denoise, keys_of
+from sd_jax.sampling.image_to_image import encoded
 from sd_jax.sampling.text_to_image import size_of
 
 if TYPE_CHECKING:
@@ -21,20 +25,78 @@ if TYPE_CHECKING:
     from sd_jax.sampling.pipeline import Pipeline
     from sd_jax.types import Pixels, Recipe
 
+METHODS = ("model", "redraw", "enlarger")
 NOISE_LEVEL = 20
+STRENGTH, SCALE = 0.35, 2.0  # of redraw
 
 
 def is_upscaler(spec: "ModelSpec") -> bool:
     return spec.unet.num_class_embeds is not None and spec.unet.in_channels == spec.vae.latent_channels + 3
 
 
-def upscale(pipe: "Pipeline", prompt, recipe: "Recipe", image, image_noise, given, output: str, callback) -> np.ndarray:
+def upscale(
+    pipe: "Pipeline",
+    prompt,
+    recipe: "Recipe",
+    image,
+    method: str | None,
+    enlarger: Any,
+    image_noise,
+    given,
+    output: str,
+    callback,
+) -> np.ndarray:
     """The job behind `Pipeline.upscale`, whose docstring says what the arguments are."""
-    if not is_upscaler(pipe.spec):
+    method = method_of(pipe.spec, method)
+    if method == "model":
+        if enlarger is not None or recipe.scale is not None or recipe.strength is not None:
+            raise ValueError("enlarger=, scale= and strength= are for method='redraw': leave them out")
+        return _by_model(pipe, prompt, recipe, image, image_noise, given, output, callback)
+    if image_noise is not None or recipe.noise_level is not None:
+        raise ValueError("image_noise= and noise_level= are for models that were trained to enlarge: leave them out")
+    pixels = canvas.read_pixels(image)
+    if method == "enlarger":
+        if enlarger is None or recipe.strength is not None or output != "images":
+            raise ValueError("method='enlarger' makes pictures, by enlarger= alone: give sd_jax.load_upscaler(path)")
+        return enlarged(pixels, *_enlarged_size(recipe, pixels, enlarger.scale, 1), enlarger, recipe.tile)
+    size = _enlarged_size(recipe, pixels, SCALE, pipe.spec.vae.downscale)
+    clean = encoded(pipe, enlarged(pixels, *size, enlarger, recipe.tile))
+    strength = STRENGTH if recipe.strength is None else recipe.strength
+    return pipe.finish(denoise(pipe, prompt, recipe, Start(clean.shape[1:3], clean, strength), given, callback), output)
+
+
+def method_of(spec: "ModelSpec", method: str | None) -> str:
+    """None = the only one that a model was trained for, or that it was not trained for. Raises ValueError."""
+    trained = is_upscaler(spec)
+    if method is None:
+        return "model" if trained else "redraw"
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown: use {', '.join(METHODS)}")
+    if method == "model" and not trained:
         raise ValueError(
             "this model is no upscaler: load one, such as stabilityai/stable-diffusion-x4-upscaler or a run of "
             "config.method='super_resolution'"
         )
+    if method == "redraw" and trained:
+        raise ValueError("method='redraw' is for models that make pictures of prompts alone: leave it out")
+    return method
+
+
+def enlarged(pixels: "Pixels", height: int, width: int, enlarger: Any = None, tile: int | None = None) -> "Pixels":
+    """By the enlarger until it is as large, and by Lanczos' filter to this size; without one by that alone."""
+    while enlarger is not None and enlarger.scale > 1 and (pixels.shape[1] < height or pixels.shape[2] < width):
+        pixels = enlarger(pixels, tile)
+    return canvas.resize(pixels, height, width)
+
+
+def _enlarged_size(recipe, pixels, scale, multiple) -> tuple[int, int]:
+    scale = scale if recipe.scale is None else recipe.scale
+    if scale <= 1:
+        raise ValueError(f"scale={scale:g}: more than 1 is needed")
+    return canvas.fit_size(*size_of(recipe, *(round(side * scale) for side in pixels.shape[1:3])), multiple)
+
+
+def _by_model(pipe, prompt, recipe, image, image_noise, given, output, callback) -> np.ndarray:
     level = _level(pipe, recipe)
     small, size = _sized(pipe, recipe, canvas.read_pixels(image))
     texts = 1 if isinstance(prompt, str) else len(prompt)

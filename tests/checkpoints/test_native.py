@@ -20,6 +20,7 @@ from sd_jax.checkpoints import CheckpointError, native
 from sd_jax.checkpoints.native import Checkpoints, read_params
 from tests.checkpoints.test_save import files_of_at_most
 from tests.checkpoints.tiny import SPEC, assert_same
+from tests.environment import with_devices
 
 
 def make_state(seed=0.0, size=4):
@@ -296,7 +297,7 @@ def on_devices(directory, processes, devices):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = {**os.environ, "XLA_FLAGS": with_devices(devices)}
     flags = [[str(directory), str(processes), str(i), str(port)] for i in range(processes)]
     script = textwrap.dedent(_ON_DEVICES)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

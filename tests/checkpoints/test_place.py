@@ -111,6 +111,7 @@ import jax, numpy as np
 from sd_jax import sharding
 from sd_jax.checkpoints.place import place
 from sd_jax.checkpoints.read_safetensors import open_file
+from tests.environment import with_devices
 
 def most() -> int:  # bytes; unlike getrusage it knows nothing of the parent's peak
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
@@ -141,7 +142,7 @@ def test_sharded_loading_keeps_slices_only(tmp_path):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": with_devices(8),
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, "-c", SHARDED, str(tmp_path / "a.safetensors")]

@@ -12,7 +12,7 @@ import pytest
 from sd_jax import media
 from sd_jax.diffusion import noise
 from sd_jax.models.presets import IdentityConfig
-from sd_jax.sampling import denoising
+from sd_jax.sampling import canvas, denoising
 from sd_jax.sampling.command import Order, carry_out
 from sd_jax.sampling.pipeline import Pipeline
 from sd_jax.sampling.recipe import read_record
@@ -145,7 +145,8 @@ def test_its_door(x4, tmp_path):
 REFUSED = [
     ({"noise_level": 60}, "noise_level=60: this model knows levels 0 to 59"),
     ({"noise_level": -1}, "noise_level=-1: this model knows"),
-    ({"strength": 0.5}, "strength=0.5 is for image_to_image and inpaint and hires_fix, not for upscale"),
+    ({"strength": 0.5}, "enlarger=, scale= and strength= are for method='redraw': leave them out"),
+    ({"second_steps": 5}, "second_steps=5 is for hires_fix, not for upscale"),
     ({"image_noise": np.zeros((8, 8, 3))}, r"image_noise has the shape \(8, 8, 3\), small pictures \(1, 8, 8, 3\)"),
     ({"image": SMALL[:2], "batch_size": 3}, "image holds 2 pictures, the prompts ask for 3"),
     ({"image": SMALL, "batch_size": 2}, "image holds 4 pictures, the prompts ask for 2"),
@@ -161,8 +162,92 @@ def test_what_cannot_be_made_is_refused_in_one_line(x4, fields, words):
 
 def test_models_do_what_they_are_made_for(pipe, x4):
     with pytest.raises(ValueError, match="no upscaler: load one, such as stabilityai/stable-diffusion-x4-upscaler"):
-        pipe.upscale(SMALL[0], "a star", **FEW)
+        pipe.upscale(SMALL[0], "a star", method="model", **FEW)
     with pytest.raises(ValueError, match="takes 7 channels, not 4: it is for upscaling, use it to upscale"):
         x4.text_to_image("a star", **FEW)
     with pytest.raises(ValueError, match="noise_level=3 is for upscale, not for image_to_image"):
         pipe.image_to_image("a star", image=SMALL[0], noise_level=3, **FEW)
+
+
+# --- Drawn again, larger ---------------------------------------------------------------------------------------------
+
+
+class Doubling:
+    """An enlarger, which notes the tiles that it was asked for."""
+
+    scale = 2
+
+    def __init__(self):
+        self.tiles = []
+
+    def __call__(self, images, tile=None):
+        self.tiles.append(tile)
+        return images.repeat(2, axis=1).repeat(2, axis=2)
+
+
+def test_any_model_draws_a_picture_again_larger(pipe):
+    again = pipe.upscale(SMALL[:1], "a star", scale=1.5, **FEW)
+    assert again.shape == (1, 12, 12, 3)
+    by_hand = pipe.image_to_image("a star", image=canvas.resize(SMALL[:1], 12, 12), strength=0.35, **FEW)
+    np.testing.assert_array_equal(again, by_hand)
+    enlarger = Doubling()
+    again = pipe.upscale(SMALL[:1], "a star", method="redraw", enlarger=enlarger, scale=3.0, strength=0.6, **FEW)
+    twice = canvas.resize(SMALL[:1].repeat(4, axis=1).repeat(4, axis=2), 24, 24)
+    np.testing.assert_array_equal(again, pipe.image_to_image("a star", image=twice, strength=0.6, **FEW))
+    assert enlarger.tiles == [None, None]
+
+
+def test_an_enlarger_alone(pipe):
+    enlarger = Doubling()
+    made = pipe.upscale(SMALL, method="enlarger", enlarger=enlarger, tile=4)
+    np.testing.assert_array_equal(made, SMALL.repeat(2, axis=1).repeat(2, axis=2))
+    assert enlarger.tiles == [4]
+    assert pipe.upscale(SMALL, method="enlarger", enlarger=enlarger, scale=2.5).shape == (4, 20, 20, 3)
+
+
+def test_hires_fix_with_an_enlarger(pipe):
+    fields = {**FEW, "width": 8, "height": 8, "seed": 2}
+    first = pipe.text_to_image("a star", **fields)
+    made = pipe.hires_fix("a star", enlarger=Doubling(), scale=2.0, strength=0.5, **fields)
+    larger = first.repeat(2, axis=1).repeat(2, axis=2)
+    by_hand = pipe.image_to_image("a star", image=larger, strength=0.5, steps=3, guidance_scale=3.0, seed=2)
+    np.testing.assert_array_equal(made, by_hand)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "model"}, "this model is no upscaler: load one"),
+        ({"method": "magic"}, "method='magic' is unknown: use model, redraw, enlarger"),
+        ({"method": "enlarger"}, "by enlarger= alone: give sd_jax.load_upscaler"),
+        ({"scale": 1.0}, "scale=1: more than 1 is needed"),
+        ({"noise_level": 20}, "image_noise= and noise_level= are for models that were trained to enlarge"),
+    ],
+)
+def test_what_is_not_drawn_again(pipe, given, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.upscale(SMALL, "a star", **given, **FEW)
+
+
+def test_an_upscaler_is_not_told_how_to_draw_again(x4):
+    for given in ({"scale": 2.0}, {"strength": 0.5}, {"enlarger": Doubling()}):
+        with pytest.raises(ValueError, match="enlarger=, scale= and strength= are for method='redraw'"):
+            x4.upscale(SMALL, "a star", **given, **FEW)
+    with pytest.raises(ValueError, match="method='redraw' is for models that make pictures of prompts alone"):
+        x4.upscale(SMALL, "a star", method="redraw", **FEW)
+
+
+def test_its_door_draws_again_what_was_enlarged(pipe, tmp_path):
+    pipe.save(tmp_path / "model", format="native")
+    media.write_png(tmp_path / "small.png", SMALL[0], {})
+    fields = {"prompt": "a star", "scale": 2.0, **FEW}
+    loading, image = {"checkpoint": str(tmp_path / "model")}, str(tmp_path / "small.png")
+    made, _ = carry_out(Order(fields, loading, image=image, out=tmp_path / "a"))
+    wanted = pipe.upscale(SMALL[:1], **fields)
+    np.testing.assert_array_equal(media.decode_image(made), wanted[0])
+    record = read_record(made)
+    assert record.origin.job == "upscale" and record.recipe.strength == 0.35
+    text = media.read_text(made)["parameters"]
+    assert "Denoising strength: 0.35" in text and "Size: 16x16" in text and "Hires" not in text
+    again, _ = carry_out(Order(recipe=str(made), out=tmp_path / "b"))
+    np.testing.assert_array_equal(media.decode_image(again), wanted[0])

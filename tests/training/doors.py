@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+from tests.environment import with_devices
+
 ROOT = pathlib.Path(__file__).parents[2]
 # The tiny autoencoder of shapes world, but of two levels and by AdamW, which compile in half of the time
 TINY = (
@@ -18,7 +20,7 @@ def command(door: str, *flags: str) -> list[str]:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, "XLA_FLAGS": with_devices(devices), "PYTHONPATH": str(ROOT)}
 
 
 def run(door: str, *flags: str, devices: int = 1, check: bool = True) -> subprocess.CompletedProcess:
