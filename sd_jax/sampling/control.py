@@ -43,8 +43,7 @@ def load_control(
 ) -> "ControlModel":
     """Opens either kind in any layout. Raises FileNotFoundError or CheckpointError, naming the file and the mend."""
     sharding.keep_compilations()
-    unet = None if base is None else gather({"unet": base.params["unet"]})["unet"]
-    opened = files.open_control(path, unet)
+    opened = files.open_control(path, None if base is None else base._part("unet"))
     for note in opened.notes:
         logger.info("%s: %s", path, note)
     return ControlModel(opened.config, place(opened.params, dtype, where=path), dtype, str(path))
