@@ -99,7 +99,10 @@ def test_a_spoiled_set_is_ruined_in_half(monkeypatch):
         monkeypatch.setitem(RUINS, ruin, lambda pixels, rng: np.zeros_like(pixels))
     spoiled, ruined = (SETS[name](np.random.default_rng(2)) for name in ("spoiled", "ruined"))
     assert np.mean([not pixels.any() for pixels, _ in spoiled]) == pytest.approx(0.5, abs=0.1)
-    assert all(not pixels.any() and caption.startswith("nasty, a ") for pixels, caption in ruined)
+    ruined = list(ruined)
+    assert not any(pixels.any() for pixels, _ in ruined)
+    assert all(caption.startswith("nasty, a ") for _, caption in ruined[::2])
+    assert {caption for _, caption in ruined[1::2]} == {"nasty"}
 
 
 # -- Reading ---------------------------------------------------------------------------------------------------------

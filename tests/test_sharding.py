@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from sd_jax import sharding
 from sd_jax.models.families import FAMILIES
 from sd_jax.models.networks import Networks
+from tests.environment import with_devices
 
 
 def mesh_of(**sizes):
@@ -253,7 +254,6 @@ events = collections.Counter()
 jax.monitoring.register_event_listener(lambda name, **_: events.update([name.rsplit("/", 1)[-1]]))
 jax.numpy.ones(3) + 1  # compiled before the cache is there
 import sd_jax
-from tests.environment import with_devices
 sd_jax.load().text_to_image("a red circle", steps=2)
 print(json.dumps({"folder": jax.config.jax_compilation_cache_dir, **events}))
 """

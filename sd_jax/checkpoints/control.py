@@ -131,8 +131,8 @@ def _open_controlnet(path: Path, tensors: dict[str, Tensor], metadata: Mapping[s
 def _controlnet_of(tensors: Mapping[str, Tensor], path: Path, compvis: bool) -> tuple[ControlNetConfig, tuple]:
     """By shapes."""
     kind = components.kind(tensors)
-    unet = infer.unet_of(tensors, kind, None, str(path), Said())
-    unet = dataclasses.replace(unet, out_channels=unet.in_channels, sample_size=UNetConfig.sample_size)
+    unet = infer.unet_of(tensors, kind, None, str(path), Said(), half=True)
+    unet = dataclasses.replace(unet, sample_size=UNetConfig.sample_size)
     form = "input_hint_block.{}.weight" if compvis else f"{EMBEDDING}.blocks.{{}}.weight"
     numbers = range(4, 100, 4) if compvis else range(1, 100, 2)
     first = "input_hint_block.0.weight" if compvis else f"{EMBEDDING}.conv_in.weight"

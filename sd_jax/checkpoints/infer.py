@@ -223,11 +223,12 @@ def _diffusers(shapes: _Shapes) -> _UNetNames:
 
 
 def unet_of(
-    tensors: Mapping[str, Tensor],  # by CompVis' or diffusers' names; of a ControlNet, which is half a U-Net, as well
+    tensors: Mapping[str, Tensor],  # by CompVis' or diffusers' names
     kind: str,
     pooled: int | None,  # the width of the pooled text; None = unknown
     where: str,
     said: Said,
+    half: bool = False,  # of a ControlNet
 ) -> UNetConfig:
     """Raises CheckpointError where the shapes are those of no U-Net that is known."""
     shapes = _Shapes(tensors, layout.NAMES["unet"], where)
@@ -264,7 +265,7 @@ def unet_of(
     return UNetConfig(
         sample_size=SD_X4_UPSCALER.unet.sample_size if classes is not None else BASES[kind].unet.sample_size,
         in_channels=shapes.size(names.conv_in, 1),
-        out_channels=shapes.size(names.conv_out, 0) if names.conv_out in shapes else shapes.size(names.conv_in, 1),
+        out_channels=shapes.size(names.conv_in, 1) if half else shapes.size(names.conv_out, 0),
         block_out_channels=widths,
         attention_blocks=attends,
         layers_per_block=names.layers,

@@ -29,6 +29,7 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 
 # What can be made fresh. Its place numbers its random key: each keeps its own, so that runs can be repeated
 _NUMBERED = (*PARTS, "clip", "features", "perceptual", "aesthetic", "discriminator", "adapter", "upscaler")
+_NUMBERED += ("image_encoder",)
 
 
 def check_batch(config: ConfigDict, mesh: Mesh) -> None:

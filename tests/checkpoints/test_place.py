@@ -17,6 +17,7 @@ from sd_jax.checkpoints import CheckpointError
 from sd_jax.checkpoints.place import _shard, gather, place
 from sd_jax.checkpoints.read_safetensors import open_file, write
 from sd_jax.checkpoints.tensors import Tensor, lazy
+from tests.environment import with_devices
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,7 +112,6 @@ import jax, numpy as np
 from sd_jax import sharding
 from sd_jax.checkpoints.place import place
 from sd_jax.checkpoints.read_safetensors import open_file
-from tests.environment import with_devices
 
 def most() -> int:  # bytes; unlike getrusage it knows nothing of the parent's peak
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()

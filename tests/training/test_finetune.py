@@ -45,6 +45,7 @@ def pictures(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow  # three processes and as many programs; test_loop.py, test_sample_door.py and data/ try the parts
 def test_fine_tune_resume_sample_and_save(checkpoint, pictures, tmp_path):
     model, tokenizer = checkpoint
     flags = [

@@ -70,6 +70,7 @@ def test_what_two_processes_saved_one_goes_on_from(alone, together, tmp_path, de
     assert differences(doors.losses(alone), run(tmp_path / "run", 1, devices, *mesh)) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_lost_process_ends_the_other_and_the_restart_goes_on_to_the_bit(together, tmp_path):
     mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
     started = processes.start(command(tmp_path, *mesh), 2, 2)
