@@ -4,6 +4,7 @@ The sizes keep what single files do not say and readers take from the family: 8 
 upscaler's, 64 channels a head in the others; 12 heads in CLIP-L, 64 channels a head in OpenCLIP; 32 groups a norm.
 """
 
+import copy
 import functools
 import tempfile
 import warnings
@@ -71,9 +72,15 @@ FAMILIES = {  # name -> (pipeline, U-Net, scheduler, text encoders)
 _SCALING = {"sd_x4_upscaler": 0.08333}
 
 
-@functools.cache
 def saved_family(name: str) -> tuple[Path, object]:
-    """(folder, pipeline) of `tiny_family`, built once for a test run's process."""
+    """(folder, pipeline) of `tiny_family`, built once for a test run's process. The pipeline is a copy: adapters that a
+    test puts on leave marks in it."""
+    folder, pipeline = _built(name)
+    return folder, copy.deepcopy(pipeline)
+
+
+@functools.cache
+def _built(name: str) -> tuple[Path, object]:
     folder = Path(tempfile.mkdtemp(prefix="sd_jax_family_")) / name
     return folder, tiny_family(name, folder)
 
