@@ -4,6 +4,7 @@ Blocks are plain submodules, never scanned over: adapters find a layer by its pa
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -250,7 +251,8 @@ class UNet(Encoder):
     ) -> Float[Array, "batch height width out_channels"]:
         """Of any height and width. Raises ValueError where latents have another number of channels than the config, or
         the conditioning lacks what this family reads."""
-        cfg, control = self.config, control or Control()
+        cfg = self.config
+        control = jax.tree.map(lambda added: added.astype(self.dtype), control or Control())
         depth, types = len(cfg.block_out_channels), self.types
         if latents.shape[-1] != cfg.in_channels:
             found = latents.shape[-1]

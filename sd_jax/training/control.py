@@ -29,7 +29,7 @@ from sd_jax.training import full
 from sd_jax.training.adapting import as_it_is, method_of
 from sd_jax.training.context import Context, Keys
 from sd_jax.training.method import Adapting, Batch
-from sd_jax.types import Conditioning, Control, Params
+from sd_jax.types import Conditioning, Params
 
 _READERS = (16, 32, 96, 256, 512)  # widths of what reads a ControlNet's hint, each half the size of the one before
 
@@ -80,11 +80,7 @@ class _Steered:
             read = HintEmbedding(config, dtype).apply({"params": params[EMBEDDING]}, hint)
             network = ControlNet(config.unet, dtype, remat=self._unet.remat)
             control = network.apply({"params": params}, latents, timesteps, conditioning, read)
-        return self._unet.apply(variables, latents, timesteps, conditioning, _cast(control, dtype))
-
-
-def _cast(control: Control, dtype: Any) -> Control:
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), control)
+        return self._unet.apply(variables, latents, timesteps, conditioning, control)
 
 
 def _init(config: ConfigDict, networks: Networks, key: Any, loaded: Params) -> Params:

@@ -256,3 +256,10 @@ def test_a_command_follows_a_map_and_its_picture_is_made_again(pipe, control, tm
     for wrong in ("net", f"net:{tmp_path / 'map.png'}:much", f"net:{tmp_path / 'map.png'}:1:0"):
         with pytest.raises(ValueError, match=f"--control={wrong}: give PATH:IMAGE:STRENGTH"):
             list(carry_out(Order(fields, control=[wrong], out=tmp_path / "d")))
+
+
+def test_a_control_may_be_of_another_dtype_than_the_model(pipe, control, adapter):
+    half = Pipeline(pipe.spec, pipe.params, pipe.tokenizer, "bfloat16")
+    hints = [control.hint(MAP), adapter.hint(MAP)]
+    made, wanted = draw(half, hints, steps=1), draw(pipe, hints, steps=1)
+    assert np.isfinite(made).all() and np.abs(made - wanted).mean() < 0.2 * np.abs(wanted - draw(pipe, steps=1)).mean()
