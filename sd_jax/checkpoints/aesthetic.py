@@ -15,9 +15,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sd_jax.checkpoints import keys_diffusers, read_safetensors
 from sd_jax.checkpoints.aside import aside
-from sd_jax.checkpoints.errors import CheckpointError, listing, shown
+from sd_jax.checkpoints.errors import CheckpointError, shown
 from sd_jax.checkpoints.files import open_any
-from sd_jax.checkpoints.tensors import Tensor, is_float, lazy
+from sd_jax.checkpoints.layout import check_shapes
+from sd_jax.checkpoints.tensors import Tensor, lazy
 from sd_jax.models.aesthetic import KINDS, NUMBERS, WIDTHS
 from sd_jax.models.presets import AestheticConfig
 from sd_jax.types import Params
@@ -48,7 +49,7 @@ def save(path: str | os.PathLike, config: AestheticConfig, params: Params, overw
         tensor = lazy(array)
         kernel = key[-1] == "kernel"
         tensors[_their_name(key)] = tensor.transpose(1, 0) if kernel and tensor.ndim == 2 else tensor
-    _check(tensors, config, str(path))
+    _check(tensors, config, path)
     with aside(path, overwrite) as work:
         read_safetensors.write(work, tensors, {"format": "pt"})
 
@@ -65,18 +66,8 @@ def detect(tensors: Mapping[str, Tensor], where: str) -> AestheticConfig:
     return config
 
 
-def _check(tensors: Mapping[str, Tensor], config: AestheticConfig, where: str) -> None:
-    shapes = _shapes(config)
-    problems = [f"{name} is missing" for name in shapes if name not in tensors]
-    for name, tensor in tensors.items():
-        if name not in shapes:
-            problems.append(f"{shown(name)} is unexpected")
-        elif tensor.shape != shapes[name]:
-            problems.append(f"{name} is {tensor.shape}, not {shapes[name]}")
-        elif not is_float(tensor.dtype):
-            problems.append(f"{name} holds {tensor.dtype}")
-    if problems:
-        raise CheckpointError(f"{where}: not the {config.kind!r} head of width {config.width}: {listing(problems)}")
+def _check(tensors: Mapping[str, Tensor], config: AestheticConfig, where: str | os.PathLike) -> None:
+    check_shapes(_shapes(config), tensors, f"the {config.kind!r} head of width {config.width}", where)
 
 
 def _shapes(config: AestheticConfig) -> dict[str, tuple[int, ...]]:

@@ -89,7 +89,7 @@ def save_control(
     """Raises FileExistsError, and CheckpointError where the parameters are not those of the config."""
     leaves = {"/".join(key): lazy(leaf) for key, leaf in flatten_dict(params).items()}
     tensors = {keys_diffusers.their_name(name): keys_diffusers.their_layout(name, t) for name, t in leaves.items()}
-    check_shapes(_shapes(config), tensors, _TITLES[type(config)], str(path))
+    check_shapes(_shapes(config), tensors, f"the {_TITLES[type(config)]} of its config", path)
     told = {"format": "pt", CONFIG_KEY: json.dumps(_to_json(config))}
     is_adapter = isinstance(config, T2IAdapterConfig)
     if format == "single_file":
@@ -235,7 +235,7 @@ def _nothing() -> np.ndarray:
 
 
 def _params(config: Config, tensors: Mapping[str, Tensor], where: str) -> Params:
-    check_shapes(_shapes(config), tensors, _TITLES[type(config)], where)
+    check_shapes(_shapes(config), tensors, f"the {_TITLES[type(config)]} of its config", where)
     ours = {
         tuple(keys_diffusers.our_name(name, tensor.ndim).split("/")): keys_diffusers.our_layout(name, tensor)
         for name, tensor in tensors.items()

@@ -24,8 +24,9 @@ from sd_jax.checkpoints import read_pickle, torch_pickle, write_torch
 from sd_jax.checkpoints.aside import aside
 from sd_jax.checkpoints.errors import CheckpointError, listing, shown
 from sd_jax.checkpoints.files import kind, open_any
+from sd_jax.checkpoints.layout import check_shapes
 from sd_jax.checkpoints.pickle_machine import Stream
-from sd_jax.checkpoints.tensors import Tensor, all_finite, is_float
+from sd_jax.checkpoints.tensors import Tensor, read_finite
 from sd_jax.checkpoints.torch_zip import open_zip
 
 _WHICH = ("k", "v")
@@ -63,12 +64,12 @@ def load(path: str | os.PathLike) -> Hypernetwork:
         for number in range(len(_WHICH))
         for place, leaf, name in names
     }
-    _check(path, tensors, shapes)
+    check_shapes(shapes, tensors, "the hypernetwork that it says it is", path)
 
     def network(prefix: str) -> list[dict[str, np.ndarray]]:
         layers: list[dict[str, np.ndarray]] = [{} for _ in layer_structure[1:]]
         for place, leaf, name in names:
-            layers[place][leaf] = _finite(path, f"{prefix}.{name}", tensors)
+            layers[place][leaf] = read_finite(tensors[f"{prefix}.{name}"], f"{path}: {prefix}.{name}")
         return layers
 
     layers = {width: {which: network(f"{width}.{number}") for number, which in enumerate(_WHICH)} for width in widths}
@@ -143,26 +144,6 @@ def _names(
 def _shape(width: int, layer_structure: tuple, place: int, leaf: str) -> tuple[int, ...]:
     inputs, outputs = (int(width * times) for times in layer_structure[place : place + 2])
     return (outputs, inputs) if leaf == "weight" else (outputs,)
-
-
-def _check(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    problems = [f"{name} is missing" for name in shapes if name not in tensors]
-    for name, tensor in tensors.items():
-        if name not in shapes:
-            problems.append(f"{shown(name)} is unexpected")
-        elif tensor.shape != shapes[name]:
-            problems.append(f"{name} is {tensor.shape}, not {shapes[name]}")
-        elif not is_float(tensor.dtype):
-            problems.append(f"{name} holds {tensor.dtype}")
-    if problems:
-        raise CheckpointError(f"{path}: not the hypernetwork that it says it is: {listing(problems)}")
-
-
-def _finite(path: Path, name: str, tensors: Mapping[str, Tensor]) -> np.ndarray:
-    array = np.asarray(tensors[name])
-    if not all_finite(array):
-        raise CheckpointError(f"{path}: {name} holds numbers that are not finite: take an earlier one")
-    return array
 
 
 def _modern(name: str) -> str:

@@ -24,8 +24,9 @@ from sd_jax.checkpoints import write_torch
 from sd_jax.checkpoints.aside import aside
 from sd_jax.checkpoints.errors import CheckpointError, listing, shown
 from sd_jax.checkpoints.files import open_any
+from sd_jax.checkpoints.layout import check_shapes
 from sd_jax.checkpoints.read_safetensors import write
-from sd_jax.checkpoints.tensors import Tensor, all_finite, is_float
+from sd_jax.checkpoints.tensors import Tensor, read_finite
 from sd_jax.models.presets import UNetConfig
 
 SUFFIXES = (".safetensors", ".bin")
@@ -56,11 +57,13 @@ def load(path: str | os.PathLike, config: UNetConfig) -> IPAdapter:
     names = _names(config)
     for name, (layer, _) in names.items():
         shapes[name] = (ip_adapter.layers_of(config)[layer], config.cross_attention_dim)
-    _check(path, tensors, shapes)
+    check_shapes(shapes, tensors, "an IP-Adapter for this model", path)
     layers: dict[str, dict[str, np.ndarray]] = {}
     for name, (layer, leaf) in names.items():
-        layers.setdefault(layer, {})[leaf] = _finite(path, name, tensors)
-    return IPAdapter({name: _finite(path, f"{_PROJECTION}.{name}", tensors) for name in own}, layers)
+        layers.setdefault(layer, {})[leaf] = read_finite(tensors[name], f"{path}: {name}")
+    return IPAdapter(
+        {name: read_finite(tensor, f"{path}: {_PROJECTION}.{name}") for name, tensor in own.items()}, layers
+    )
 
 
 def is_ip_adapter(tensors: Mapping[str, Tensor]) -> bool:
@@ -127,23 +130,3 @@ def _projection(path: Path, own: Mapping[str, Tensor], config: UNetConfig) -> di
         shapes |= {f"{layer}.0.to_out.weight": (inner, heads)}
         shapes |= {f"{layer}.1.1.weight": (wide, inner), f"{layer}.1.3.weight": (inner, wide)}
     return shapes
-
-
-def _check(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    problems = [f"{name} is missing" for name in shapes if name not in tensors]
-    for name, tensor in tensors.items():
-        if name not in shapes:
-            problems.append(f"{shown(name)} is unexpected")
-        elif tensor.shape != shapes[name]:
-            problems.append(f"{name} is {tensor.shape}, not {shapes[name]}")
-        elif not is_float(tensor.dtype):
-            problems.append(f"{name} holds {tensor.dtype}")
-    if problems:
-        raise CheckpointError(f"{path}: no IP-Adapter for this model: {listing(problems)}")
-
-
-def _finite(path: Path, name: str, tensors: Mapping[str, Tensor]) -> np.ndarray:
-    array = np.asarray(tensors[name])
-    if not all_finite(array):
-        raise CheckpointError(f"{path}: {name} holds numbers that are not finite: take an earlier one")
-    return array

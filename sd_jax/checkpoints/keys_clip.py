@@ -68,14 +68,14 @@ def from_transformers(
     if scale is not None and scale.shape == (1,):
         tensors["logit_scale"] = scale.reshape()
     wanted = {name: shape for name, shape in shapes(config).items() if not vision_alone or name.startswith(_VISION)}
-    layout.check_shapes(wanted, tensors, "CLIP", where)
+    layout.check_shapes(wanted, tensors, "the CLIP of its config", where)
     return {our_name(name, tensor.ndim): _our_layout(name, tensor) for name, tensor in tensors.items()}
 
 
 def to_transformers(tensors: Mapping[str, Tensor], config: CLIPConfig, where: str) -> dict[str, Tensor]:
     """The inverse, as strict."""
     theirs = {their_name(name): _their_layout(name, tensor) for name, tensor in tensors.items()}
-    layout.check_shapes(shapes(config), theirs, "CLIP", where)
+    layout.check_shapes(shapes(config), theirs, "the CLIP of its config", where)
     return theirs
 
 

@@ -69,7 +69,7 @@ def from_theirs(tensors: Mapping[str, Tensor], where: str) -> tuple[UpscalerConf
     except (ValueError, LookupError) as error:
         raise CheckpointError(f"{where}: an upscaler of the layout {layout!r}, damaged or unknown: {error}") from error
     table = _table(config, layout)
-    check_shapes({name: shape for name, (_, shape) in table.items()}, tensors, "upscaler", where)
+    check_shapes({name: shape for name, (_, shape) in table.items()}, tensors, "the upscaler of its config", where)
     return config, layout, {ours: _turned(tensors[name], 2, 3, 1, 0) for name, (ours, _) in table.items()}
 
 
@@ -81,7 +81,7 @@ def to_theirs(tensors: Mapping[str, Tensor], config: UpscalerConfig, layout: str
     table = _table(config, layout)
     names = {ours: name for name, (ours, _) in table.items()}
     theirs = {names.get(ours, ours): _turned(tensor, 3, 2, 0, 1) for ours, tensor in tensors.items()}
-    check_shapes({name: shape for name, (_, shape) in table.items()}, theirs, "upscaler", where)
+    check_shapes({name: shape for name, (_, shape) in table.items()}, theirs, "the upscaler of its config", where)
     return {name: theirs[name] for name in table}
 
 

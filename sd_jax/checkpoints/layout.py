@@ -4,10 +4,11 @@ This is what "strict" means in this room: a file must hold exactly these. Linear
 (out, in, height, width); a norm's scale is called `weight`. A test compares the lists with what our modules initialise.
 """
 
+import os
 from collections.abc import Callable, Mapping
 
-from sd_jax.checkpoints.errors import CheckpointError, listing
-from sd_jax.checkpoints.tensors import Tensor
+from sd_jax.checkpoints.errors import CheckpointError, listing, shown
+from sd_jax.checkpoints.tensors import Tensor, is_float
 from sd_jax.models.presets import CLIPTextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 
 Shapes = dict[str, tuple[int, ...]]
@@ -168,20 +169,20 @@ LAYOUTS: dict[str, Callable[..., Shapes]] = {
 
 def check(part: str, tensors: Mapping[str, Tensor], config: Config, where: str) -> None:
     """Raises CheckpointError listing what is missing, unexpected or of another shape."""
-    check_shapes(LAYOUTS[part](config), tensors, NAMES[part], where)
+    check_shapes(LAYOUTS[part](config), tensors, f"the {NAMES[part]} of its config", where)
 
 
-def check_shapes(wanted: Shapes, tensors: Mapping[str, Tensor], name_of_part: str, where: str) -> None:
-    """`check` of any network whose tensors are known."""
+def check_shapes(wanted: Shapes, tensors: Mapping[str, Tensor], title: str, where: str | os.PathLike) -> None:
+    """`check` of any network whose tensors are known; they are "not {title}" where anything is wrong."""
     problems = [f"{name} is missing" for name in wanted if name not in tensors]
-    problems += [f"{name} is unexpected" for name in tensors if name not in wanted]
-    problems += [
-        f"{name} is {tensors[name].shape}, not {shape}"
-        for name, shape in wanted.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
+    problems += [f"{shown(name)} is unexpected" for name in tensors if name not in wanted]
+    for name, shape in wanted.items():
+        if name in tensors and tensors[name].shape != shape:
+            problems.append(f"{name} is {tensors[name].shape}, not {shape}")
+        elif name in tensors and not is_float(tensors[name].dtype):
+            problems.append(f"{name} holds {tensors[name].dtype}")
     if problems:
-        raise CheckpointError(f"{where}: not the {name_of_part} of its config: {listing(problems)}")
+        raise CheckpointError(f"{where}: not {title}: {listing(problems)}")
 
 
 # Layers

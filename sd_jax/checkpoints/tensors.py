@@ -158,6 +158,14 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
+def read_finite(tensor: Tensor, where: str) -> np.ndarray:
+    """The array. Raises CheckpointError where a number of it is infinite or NaN; `where` names file and tensor."""
+    array = tensor.read()
+    if not all_finite(array):
+        raise CheckpointError(f"{where} holds numbers that are not finite: take an earlier one")
+    return array
+
+
 def is_float(dtype: np.dtype) -> bool:
     """Of the types that files hold."""
     return dtype in _FLOATS

@@ -55,7 +55,10 @@ def test_attentions_are_numbered_down_up_middle(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda names: names.pop("ip_adapter.7.to_v_ip.weight"), r"no IP-Adapter for this model: ip_adapter\.7.* miss"),
+        (
+            lambda names: names.pop("ip_adapter.7.to_v_ip.weight"),
+            r"not an IP-Adapter for this model: ip_adapter\.7.* miss",
+        ),
         (lambda names: names.update({"ip_adapter.9.to_v_ip.weight": np.ones(3)}), r"ip_adapter\.9.* is unexpected"),
         (lambda names: names.update({"image_proj.odd": np.ones(3)}), r"image_proj\.odd is unexpected"),
         (lambda names: names.update({"image_proj.proj.bias": np.ones(3)}), r"proj\.bias is \(3,\), not \(128,\)"),
