@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 
 from sd_jax.checkpoints.errors import CheckpointError, listing, shown
-from sd_jax.checkpoints.tensors import Tensor, is_float
+from sd_jax.checkpoints.tensors import Tensor
 from sd_jax.models.presets import CLIPTextConfig, TinyVAEConfig, UNetConfig, VAEConfig
 
 Shapes = dict[str, tuple[int, ...]]
@@ -179,8 +179,6 @@ def check_shapes(wanted: Shapes, tensors: Mapping[str, Tensor], title: str, wher
     for name, shape in wanted.items():
         if name in tensors and tensors[name].shape != shape:
             problems.append(f"{name} is {tensors[name].shape}, not {shape}")
-        elif name in tensors and not is_float(tensors[name].dtype):
-            problems.append(f"{name} holds {tensors[name].dtype}")
     if problems:
         raise CheckpointError(f"{where}: not {title}: {listing(problems)}")
 

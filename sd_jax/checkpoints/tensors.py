@@ -159,8 +159,11 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def read_finite(tensor: Tensor, where: str) -> np.ndarray:
-    """The array. Raises CheckpointError where a number of it is infinite or NaN; `where` names file and tensor."""
+    """The array. Raises CheckpointError where they are no floats, or some are infinite or NaN; `where` names file and
+    tensor."""
     array = tensor.read()
+    if not is_float(array.dtype):
+        raise CheckpointError(f"{where} holds {array.dtype}, and floats are wanted")
     if not all_finite(array):
         raise CheckpointError(f"{where} holds numbers that are not finite: take an earlier one")
     return array

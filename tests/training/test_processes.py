@@ -1,4 +1,5 @@
-"""One run as two processes of two devices each, joined by Gloo: the losses and the checkpoints of one process."""
+"""The same losses on one device and on several, whatever the mesh, in one process or in two that are joined by Gloo;
+and checkpoints that each goes on from."""
 
 import shutil
 import signal
@@ -54,6 +55,20 @@ def test_data_and_fsdp_give_the_losses_of_one_process(alone, together):
     assert differences(doors.losses(alone), doors.losses(together)) < 1e-5
     held_out = [{row["step"]: row.get("held_out_loss") for row in doors.rows(workdir)} for workdir in (alone, together)]
     assert held_out[0][6] == pytest.approx(held_out[1][6], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("devices", "flags"),
+    [
+        (4, ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.grad_accumulation=2")),
+        (8, ("--config.parallelism=pmap",)),
+        pytest.param(8, ("--config.mesh.data=8",), marks=pytest.mark.slow),
+        pytest.param(1, ("--config.grad_accumulation=4",), marks=pytest.mark.slow),
+    ],
+    ids=["data=2,fsdp=2,accumulated", "pmap", "data=8", "accumulated"],
+)
+def test_many_devices_and_micro_batches_give_the_losses_of_one(alone, tmp_path, devices, flags):
+    assert differences(doors.losses(alone), run(tmp_path, 1, devices, *flags)) < 1e-5
 
 
 @pytest.mark.slow  # `together` is divided by data, too
