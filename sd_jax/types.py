@@ -25,7 +25,7 @@ Latents = Float[AnyArray, "batch h w channels"]  # h, w: an eighth of height, wi
 TokenIds = Int[AnyArray, "batch tokens"]
 Params = Any  # a nested dict of arrays, named as diffusers names them
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow", "edm")
 
 
 @flax.struct.dataclass

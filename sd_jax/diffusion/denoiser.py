@@ -6,6 +6,7 @@ The network answers to scaled latents and a timestep; samplers speak of x = x0 +
 
 with the coefficients of `predictions.py` and the fractional timestep t(sigma) of `schedules.py`, not rounded. A network
 that predicts flow counts the same timesteps of the same discrete schedule; only what it sees and answers is another.
+EDM's is told c_noise of `predictions.py` in place of t.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from sd_jax.diffusion.predictions import along_batch, prediction, to_x0
 from sd_jax.diffusion.schedules import sigma_to_timestep, sigmas_of
 from sd_jax.types import NoiseScheduleConfig
 
-# (scaled latents [batch, ...], timesteps [batch], conditioning) -> raw output [batch, ...]
+# (scaled latents [batch, ...], timesteps or c_noise [batch], conditioning) -> raw output [batch, ...]
 Predict = Callable[[Array, Array, Any], Array]
 # (x [batch, ...], sigma, scalar or [batch], conditioning) -> x0 [batch, ...]
 ConditionedDenoise = Callable[[Array, Array, Any], Array]
@@ -40,8 +41,8 @@ def make_denoiser(predict: Predict, cfg: NoiseScheduleConfig) -> ConditionedDeno
     def denoise(x: Float[Array, "batch *dims"], sigma: Float[Array, "..."], conditioning: Any = None) -> Array:
         x = x.astype(state_dtype(x.dtype))
         sigma = jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])
-        timesteps = sigma_to_timestep(sigma, jnp.asarray(log_sigmas, x.dtype))
-        output = predict(x * row.c_in(along_batch(sigma, x)), timesteps, conditioning)
+        told = row.c_noise(sigma) if row.c_noise else sigma_to_timestep(sigma, jnp.asarray(log_sigmas, x.dtype))
+        output = predict(x * row.c_in(along_batch(sigma, x)), told, conditioning)
         return to_x0(cfg.prediction_type, output.astype(x.dtype), x, sigma)
 
     return denoise

@@ -16,6 +16,7 @@ min-SNR (Hang et al. 2023, arXiv 2303.09556: Min-SNR-gamma) weighs the error of 
         v_prediction  min(snr, gamma) / (snr + 1)
         sample        min(snr, gamma)
         flow          min(snr, gamma) / (sqrt(snr) + 1)^2
+        edm           min(snr, gamma) / (snr + 1)
 
 At the last timestep of a zero-terminal schedule (Lin et al. 2023, arXiv 2305.08891) snr = 0 and the input is n alone.
 To predict epsilon the network need only repeat it, and learns nothing; v = -x0 asks it for the picture. The weight
@@ -39,6 +40,7 @@ class Noised(NamedTuple):
     x: Float[Array, "batch *dims"]  # x0 + sigma n'
     sigma: Float[Array, " batch"]
     model_input: Float[Array, "batch *dims"]  # c_in x
+    told: Float[Array, " batch"]  # t, or c_noise
     target: Float[Array, "batch *dims"]  # what the raw output should be
 
 
@@ -54,7 +56,8 @@ def noised(
     sigma = jnp.asarray(sigmas_of(cfg), jnp.float32)[timesteps]
     row, s = prediction(cfg.prediction_type), along_batch(sigma, x0)
     x = x0 + s * (n if input_noise is None else input_noise.astype(jnp.float32))
-    return Noised(x, sigma, row.c_in(s) * x, row.target(x0, n, s))
+    told = row.c_noise(sigma) if row.c_noise else timesteps.astype(jnp.float32)
+    return Noised(x, sigma, row.c_in(s) * x, told, row.target(x0, n, s))
 
 
 def min_snr_weights(sigma: Float[Array, " batch"], prediction_type: str, gamma: float | None) -> Float[Array, " batch"]:
@@ -81,7 +84,7 @@ def denoising_losses(
 ) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
     """(mean squared error of the raw output, weight) of each example, in float32; the loss is mean(error * weight)."""
     batch = noised(latents, noise, timesteps, cfg, input_noise)
-    output = predict(batch.model_input, timesteps.astype(jnp.float32), conditioning).astype(jnp.float32)
+    output = predict(batch.model_input, batch.told, conditioning).astype(jnp.float32)
     squared = (output - batch.target) ** 2
     error = jnp.mean(squared if mask is None else squared * mask, axis=tuple(range(1, output.ndim)))
     return error, min_snr_weights(batch.sigma, cfg.prediction_type, min_snr_gamma)

@@ -1,4 +1,4 @@
-"""What a network may predict (epsilon, v, x0, flow), and how each is read: one table for training and sampling.
+"""What a network may predict (epsilon, v, x0, flow, EDM's), and how each is read: one table for training and sampling.
 
 Everything is said in the variance-exploding convention of Karras et al. 2022 (arXiv 2206.00364),
 
@@ -13,12 +13,18 @@ where a denoiser D is made of a network F by three coefficients (their Eq. 7), a
     v_prediction  1 / sqrt(1 + s^2)   1 / (1 + s^2)  -s / sqrt(1 + s^2)         (n - s x0) / sqrt(1 + s^2)
     sample        1 / sqrt(1 + s^2)   0              1                          x0
     flow          1 / (1 + s)         1 / (1 + s)    -s / (1 + s)               n - x0
+    edm           1 / sqrt(1 + s^2)   1 / (1 + s^2)  s / sqrt(1 + s^2)          (s x0 - n) / sqrt(1 + s^2)
 
-The first three networks see the variance-preserving c_in x = sqrt(abar) x0 + sqrt(1 - abar) n of Ho et al. 2020, with
+All but flow's see the variance-preserving c_in x = sqrt(abar) x0 + sqrt(1 - abar) n of Ho et al. 2020, with
 abar = 1 / (1 + s^2); v is that of Salimans & Ho 2022 (arXiv 2202.00512). Flow matching (Lipman et al. 2023, arXiv
 2210.02747) goes along a straight line: with t = s / (1 + s), so s = t / (1 - t),
 
     c_in x = (1 - t) x0 + t n,    F* = d(c_in x) / dt = n - x0                                              (3)
+
+EDM's network is that of Karras et al. (their Table 1, for data of unit variance): -v, and of the noise it is not told
+the timestep but
+
+    c_noise = ln(s) / 4                                                                                     (4)
 """
 
 from collections.abc import Callable
@@ -35,6 +41,7 @@ class Prediction(NamedTuple):
     c_skip: Callable  # (s)
     c_out: Callable  # (s)
     target: Callable  # (x0, n, s) -> what the network should answer
+    c_noise: Callable | None = None  # (s) -> what the network is told of s; None = the timestep
 
 
 def _c_in(s):
@@ -65,6 +72,13 @@ PREDICTIONS = {
         c_skip=lambda s: 1 / (1 + s),
         c_out=lambda s: -s / (1 + s),
         target=lambda x0, n, s: n - x0,
+    ),
+    "edm": Prediction(
+        c_in=_c_in,
+        c_skip=lambda s: 1 / (1 + s**2),
+        c_out=lambda s: s / jnp.sqrt(1 + s**2),
+        target=lambda x0, n, s: (s * x0 - n) / jnp.sqrt(1 + s**2),
+        c_noise=lambda s: jnp.log(s) / 4,
     ),
 }
 

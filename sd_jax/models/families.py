@@ -1,7 +1,7 @@
 """The published models, each with its source: the config.json files of the named repository (or file).
 
-Stable Diffusion 1 (Rombach et al. 2022), 2 (the same with OpenCLIP-H), XL (Podell et al. 2023), the x4 upscaler, what
-was distilled from them, and the tiny autoencoders that stand in for theirs; and CLIP whole (Radford et al. 2021), as
+Stable Diffusion 1 (Rombach et al. 2022), 2 (the same with OpenCLIP-H), XL (Podell et al. 2023), the upscalers, what was
+distilled from them, and the tiny autoencoders that stand in for theirs; and CLIP whole (Radford et al. 2021), as
 OpenAI and LAION (Cherti et al. 2022) published it.
 """
 
@@ -11,6 +11,7 @@ from sd_jax.models.presets import (
     CLIPConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
+    KUNetConfig,
     ModelSpec,
     TinyVAEConfig,
     UNetConfig,
@@ -76,6 +77,13 @@ SD_X4_UPSCALER = ModelSpec(
     noise_schedule=NoiseScheduleConfig(beta_start=0.0001, beta_end=0.02, prediction_type="v_prediction"),
 )
 
+# stabilityai/sd-x2-latent-upscaler: latents of SD 1 or 2, twice as large
+SD_X2_LATENT_UPSCALER = ModelSpec(
+    unet=KUNetConfig(),
+    text_encoder=dataclasses.replace(CLIP_L, context_norm=False),
+    noise_schedule=NoiseScheduleConfig(prediction_type="edm"),
+)
+
 # stabilityai/stable-diffusion-xl-base-1.0, sdxl-turbo; ByteDance/SDXL-Lightning
 SDXL = ModelSpec(
     unet=UNetConfig(
@@ -123,6 +131,7 @@ SDXL_REFINER = ModelSpec(
 # madebyollin/taesd and taesdxl: one architecture, other weights
 TAESD = TinyVAEConfig()
 
+# Those that single files have a layout for
 FAMILIES: dict[str, ModelSpec] = {
     "sd15": SD15,
     "sd15_inpainting": SD15_INPAINTING,

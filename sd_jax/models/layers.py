@@ -23,11 +23,7 @@ UNIFORM = nn.initializers.lecun_uniform()
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (Wu & He 2018) over the last axis' groups, in float32, and a SiLU after it if asked for.
-
-    Mean and variance are taken per channel first and then joined per group, so that the large tensor is only ever
-    reduced along its places and then scaled: `y = x * a + b`, `a, b` of shape [batch, channels].
-    """
+    """`group_norm` with a scale and a bias that are learnt."""
 
     num_groups: int = 32
     epsilon: float = 1e-5
@@ -37,26 +33,45 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch *space channels"]) -> Float[Array, "batch *space channels"]:
-        batch, channels = x.shape[0], x.shape[-1]
-        if channels % self.num_groups:
-            raise ValueError(f"{channels} channels do not divide into norm_num_groups={self.num_groups} groups")
+        channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
+        y = group_norm(x, scale[None], bias[None], self.num_groups, self.epsilon, self.silu)
+        return y.astype(self.dtype)
 
-        def per_group(per_channel):  # [batch, channels] -> the same, averaged within each group
-            grouped = per_channel.reshape(batch, self.num_groups, -1).mean(-1, keepdims=True)
-            shape = (batch, self.num_groups, channels // self.num_groups)
-            return jnp.broadcast_to(grouped, shape).reshape(batch, channels)
 
-        row = x.shape[-2] if x.ndim > 2 else 1
-        rows = x.reshape(batch, -1, row, channels).astype(jnp.float32)
-        moments = moments_by_rows if hardware.backend() == "cpu" else moments_in_one_pass
-        channel_mean, channel_variance = moments(rows)
-        mean = per_group(channel_mean)
-        variance = per_group(channel_variance + jnp.square(channel_mean - mean))
-        a = jax.lax.rsqrt(variance + self.epsilon) * scale.astype(jnp.float32)[None]
-        b = bias.astype(jnp.float32)[None] - mean * a
-        return _scale(rows, a, b, self.silu).astype(self.dtype).reshape(x.shape)
+def group_norm(
+    x: Float[Array, "batch *space channels"],
+    scale: Float[Array, "batch_or_1 channels"],
+    bias: Float[Array, "batch_or_1 channels"],
+    num_groups: int,
+    epsilon: float,
+    silu: bool = False,
+) -> Float[Array, "batch *space channels"]:
+    """Group normalisation (Wu & He 2018) over the last axis' groups, in float32, and a SiLU after it if asked for.
+
+    Mean and variance are taken per channel first and then joined per group, so that the large tensor is only ever
+    reduced along its places and then scaled: `y = x * a + b`, `a, b` of shape [batch, channels].
+    Raises ValueError where the groups do not divide the channels.
+    """
+    batch, channels = x.shape[0], x.shape[-1]
+    if channels % num_groups:
+        raise ValueError(f"{channels} channels do not divide into norm_num_groups={num_groups} groups")
+
+    def per_group(per_channel):  # [batch, channels] -> the same, averaged within each group
+        grouped = per_channel.reshape(batch, num_groups, -1).mean(-1, keepdims=True)
+        shape = (batch, num_groups, channels // num_groups)
+        return jnp.broadcast_to(grouped, shape).reshape(batch, channels)
+
+    row = x.shape[-2] if x.ndim > 2 else 1
+    rows = x.reshape(batch, -1, row, channels).astype(jnp.float32)
+    moments = moments_by_rows if hardware.backend() == "cpu" else moments_in_one_pass
+    channel_mean, channel_variance = moments(rows)
+    mean = per_group(channel_mean)
+    variance = per_group(channel_variance + jnp.square(channel_mean - mean))
+    a = jax.lax.rsqrt(variance + epsilon) * scale.astype(jnp.float32)
+    b = bias.astype(jnp.float32) - mean * a
+    return _scale(rows, a, b, silu).reshape(x.shape)
 
 
 @functools.partial(jax.checkpoint, static_argnums=3)
@@ -236,6 +251,7 @@ class TimestepEmbedding(nn.Module):
     """The two-layer perceptron that follows the sinusoids; `condition` is projected and added to them."""
 
     features: int
+    activation: Callable[[Array], Array] = nn.silu
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -247,5 +263,5 @@ class TimestepEmbedding(nn.Module):
     ) -> Float[Array, "batch features"]:
         if condition is not None:
             x = x + dense(x.shape[-1], "cond_proj", self, False)(condition)
-        x = nn.silu(dense(self.features, "linear_1", self)(x))
+        x = self.activation(dense(self.features, "linear_1", self)(x))
         return dense(self.features, "linear_2", self)(x)

@@ -14,10 +14,11 @@ from sd_jax.models.clip_text import CLIPText
 from sd_jax.models.clip_vision import CLIPVision
 from sd_jax.models.discriminator import Discriminator
 from sd_jax.models.perceptual import LPIPS
-from sd_jax.models.presets import IdentityConfig, ModelSpec, TinyVAEConfig
+from sd_jax.models.presets import IdentityConfig, KUNetConfig, ModelSpec, TinyVAEConfig
 from sd_jax.models.remat import policy_of
 from sd_jax.models.rrdb import RRDBNet, SRVGGNet, upscaler
 from sd_jax.models.unet import UNet
+from sd_jax.models.unet_k import KUNet
 from sd_jax.models.vae import VAE, Identity
 from sd_jax.models.vae_tiny import TinyVAE
 from sd_jax.types import Conditioning, Params, TokenIds
@@ -27,7 +28,7 @@ class Networks(NamedTuple):
     """The modules of a model, in the dtypes of a run; None where its spec has no such part."""
 
     spec: ModelSpec
-    unet: UNet
+    unet: UNet | KUNet
     vae: VAE | TinyVAE | Identity
     text_encoder: CLIPText | None
     text_encoder_2: CLIPText | None
@@ -46,7 +47,8 @@ class Networks(NamedTuple):
         kwargs = {"dtype": jnp.dtype(dtype), "remat": remat}
         vae = {TinyVAEConfig: TinyVAE, IdentityConfig: Identity}.get(type(spec.vae), VAE)
         text = {part: CLIPText(config, **kwargs) for part, config in spec.text_encoders.items()}
-        model = {"unet": UNet(spec.unet, **kwargs), "vae": vae(spec.vae, **kwargs)}
+        unet = KUNet if isinstance(spec.unet, KUNetConfig) else UNet
+        model = {"unet": unet(spec.unet, **kwargs), "vae": vae(spec.vae, **kwargs)}
         model |= {part: text.get(part) for part in ("text_encoder", "text_encoder_2")}
         beside, plain = {}, {"dtype": jnp.dtype(dtype)}
         if spec.clip is not None:
@@ -119,6 +121,8 @@ class Networks(NamedTuple):
             return (jnp.zeros((1, 1), jnp.int32),)
         side = 2 ** (len(unet.block_out_channels) - 1)
         conditioning = Conditioning(jnp.zeros((1, 1, unet.cross_attention_dim)))
+        if isinstance(unet, KUNetConfig):
+            conditioning = conditioning.replace(pooled=jnp.zeros((1, self.spec.text_encoder.hidden_size)))
         if unet.addition_embed_type == "text_time":
             numbers = self.spec.num_time_ids
             width = unet.projection_class_embeddings_input_dim - numbers * unet.addition_time_embed_dim

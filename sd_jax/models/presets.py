@@ -49,6 +49,34 @@ class UNetConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class KUNetConfig:
+    """k-diffusion's U-Net as diffusers has it, of its K blocks; the defaults are the x2 latent upscaler's."""
+
+    sample_size: int = 64  # latents; no file says at which size it was trained
+    in_channels: int = 8  # the latents, and beside them the small picture's
+    out_channels: int = 5  # the last one, a variance, is read by nothing
+    block_out_channels: tuple[int, ...] = (384, 384, 768, 768)
+    layers_per_block: int = 4
+    attention_head_dim: int = 64  # channels of a head
+    cross_attention_dim: int = 768
+    mapping_cond_dim: int = 896  # config.json's time_cond_proj_dim: the small picture's noise level, the pooled prompt
+
+    # What is asked of every U-Net, and this one has not
+    num_class_embeds = time_cond_proj_dim = addition_embed_type = projection_class_embeddings_input_dim = None
+    use_linear_projection = False
+
+    @property
+    def attention_blocks(self) -> tuple[bool, ...]:
+        """Which down blocks attend: all but the first."""
+        return (False,) + (True,) * (len(self.block_out_channels) - 1)
+
+    @property
+    def multiple(self) -> int:
+        """That the sides of its latents are of."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class VAEConfig:
     """diffusers' AutoencoderKL."""
 
@@ -265,7 +293,7 @@ UpscalerConfig = RRDBConfig | SRVGGConfig
 class ModelSpec:
     """Everything about a text-to-image model, and what is trained beside it, but its weights and its words."""
 
-    unet: UNetConfig = UNetConfig()
+    unet: UNetConfig | KUNetConfig = UNetConfig()
     vae: AutoencoderConfig = VAEConfig()
     text_encoder: CLIPTextConfig | None = CLIPTextConfig()  # None: SDXL's refiner, which has the second one alone
     text_encoder_2: CLIPTextConfig | None = None  # SDXL: its states are joined to the first's, its pooled one is used
@@ -306,6 +334,11 @@ class ModelSpec:
         pooled = self.text_encoder_2.projection_dim if self.text_encoder_2 else 0
         return (unet.projection_class_embeddings_input_dim - pooled) // unet.addition_time_embed_dim
 
+    @property
+    def reads_pooled(self) -> bool:
+        """The U-Net is told the pooled state of the prompt."""
+        return self.unet.addition_embed_type == "text_time" or isinstance(self.unet, KUNetConfig)
+
     def readers(self, parts: Sequence[str]) -> tuple[str, ...]:
         """Those of `parts` that read captions."""
         return tuple(part for part in parts if part in (*self.text_encoders, "clip", "features"))
@@ -328,7 +361,8 @@ class ModelSpec:
         """Inverse of `to_dict`, also after a trip through JSON (lists become tuples). Unknown keys raise TypeError."""
         keys = data.get("vae") or {}
         vae = TinyVAEConfig if "num_decoder_blocks" in keys else IdentityConfig if "channels" in keys else VAEConfig
-        kinds = {"unet": UNetConfig, "vae": vae, "text_encoder": CLIPTextConfig, "text_encoder_2": CLIPTextConfig}
+        unet = KUNetConfig if "mapping_cond_dim" in (data.get("unet") or {}) else UNetConfig
+        kinds = {"unet": unet, "vae": vae, "text_encoder": CLIPTextConfig, "text_encoder_2": CLIPTextConfig}
         kinds |= {"noise_schedule": NoiseScheduleConfig, "features": FeaturesConfig, "perceptual": FeaturesConfig}
         kinds |= {"aesthetic": AestheticConfig, "discriminator": DiscriminatorConfig}
         kinds["upscaler"] = RRDBConfig if "blocks" in (data.get("upscaler") or {}) else SRVGGConfig

@@ -44,6 +44,8 @@ PAPERS = {
     "sample": lambda a, b, x0, n, seen: (a * x0 + b * seen, x0),
     # Lipman et al. 2023, Eq. 22 and 23 at time 1 - t; t = sigma / (1 + sigma), sigma = b / a
     "flow": lambda a, b, x0, n, seen: ((a * x0 + b * seen) / (a + b), n - x0),
+    # Karras et al. 2022, Eq. 8 and Table 1 with sigma_data = 1
+    "edm": lambda a, b, x0, n, seen: (a * x0 + b * seen, b * x0 - a * n),
 }
 # Hang et al. 2023: snr = abar / (1 - abar)
 MIN_SNR = {
@@ -51,6 +53,7 @@ MIN_SNR = {
     "v_prediction": lambda snr, g: np.minimum(snr, g) / (snr + 1),
     "sample": lambda snr, g: np.minimum(snr, g),
     "flow": lambda snr, g: np.minimum(snr, g) / (np.sqrt(snr) + 1) ** 2,
+    "edm": lambda snr, g: np.minimum(snr, g) / (snr + 1),
 }
 SCHEDULES = {
     "scaled_linear": NoiseScheduleConfig(),
@@ -69,7 +72,8 @@ def test_loss_is_the_formula(name, gamma, perturbation, schedule):
     seen = n + perturbation * xi  # Ning et al. 2023: the input's noise, not the target's
     a, b = (np.sqrt(x)[:, None, None, None] for x in (abar, 1 - abar))
     given, target = PAPERS[name](a, b, x0, n, seen)
-    error = np.mean((answer(given, TIMESTEPS) - target) ** 2, axis=(1, 2, 3))
+    told = np.log(b / a)[:, 0, 0, 0] / 4 if name == "edm" else TIMESTEPS
+    error = np.mean((answer(given, told) - target) ** 2, axis=(1, 2, 3))
     weight = np.ones(len(abar)) if gamma is None else MIN_SNR[name](abar / (1 - abar), gamma)
 
     cfg = NoiseScheduleConfig(**{**vars(SCHEDULES[schedule]), "prediction_type": name})
@@ -109,7 +113,7 @@ def test_no_min_snr_weighs_all_alike():
 
 
 def test_min_snr_loss_is_one_number_for_every_prediction_type():
-    """The same x0 answered in four ways costs the same, since the weight is defined for the error of x0."""
+    """The same x0 answered in any of these ways costs the same, since the weight is defined for the error of x0."""
     x0, n, told = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4, 4, 4, 2)), jnp.float32)
     timesteps = jnp.asarray([10, 200, 600, 999])
     costs = []
@@ -120,7 +124,7 @@ def test_min_snr_loss_is_one_number_for_every_prediction_type():
         output = row.target(told, (batch.x - told) / s, s)
         error, weight = denoising_losses(lambda *_, output=output: output, x0, n, timesteps, None, cfg, 5.0)
         costs.append(error * weight)
-    np.testing.assert_allclose(costs, np.broadcast_to(costs[2], (4, 4)), rtol=2e-4)
+    np.testing.assert_allclose(costs, np.broadcast_to(costs[2], (len(PREDICTIONS), 4)), rtol=2e-4)
 
 
 def test_a_perturbed_input_has_the_same_target():
