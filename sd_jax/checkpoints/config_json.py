@@ -20,7 +20,7 @@ from sd_jax.checkpoints.config_values import (
     values_of,
 )
 from sd_jax.checkpoints.errors import CheckpointError
-from sd_jax.models.presets import CLIPTextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from sd_jax.models.presets import CLIPTextConfig, KUNetConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from sd_jax.types import PREDICTION_TYPES, NoiseScheduleConfig
 
 DIFFUSERS_VERSION = "0.42.1"  # whose form of the files is written
@@ -96,8 +96,10 @@ _UNET_PLAIN += ("time_cond_proj_dim", "addition_embed_type", "addition_embed_typ
 _UNET_PLAIN += ("addition_time_embed_dim", "projection_class_embeddings_input_dim", "resnet_time_scale_shift")
 
 
-def unet_from_json(data: Mapping[str, Any], where: str) -> UNetConfig:
-    """`where` names the file in messages. Raises CheckpointError on a feature that our U-Net has not."""
+def unet_from_json(data: Mapping[str, Any], where: str) -> UNetConfig | KUNetConfig:
+    """`where` names the file in messages. Raises CheckpointError on a feature that our U-Nets have not."""
+    if "KDownBlock2D" in (data.get("down_block_types") or ()):
+        return _k_unet_from_json(data, where)
     values = values_of(data, "UNet2DConditionModel", _UNET_READ, _UNET_FIXED, where)
     attention_blocks = blocks(values, "down_block_types", _DOWN, where)
     if blocks(values, "up_block_types", _UP, where) != attention_blocks[::-1]:
@@ -127,7 +129,9 @@ def unet_from_json(data: Mapping[str, Any], where: str) -> UNetConfig:
     return config
 
 
-def unet_to_json(config: UNetConfig) -> dict[str, Any]:
+def unet_to_json(config: UNetConfig | KUNetConfig) -> dict[str, Any]:
+    if isinstance(config, KUNetConfig):
+        return _k_unet_to_json(config)
     down, up = {v: k for k, v in _DOWN.items()}, {v: k for k, v in _UP.items()}
     return in_order(
         {key: allowed[0] for key, allowed in _UNET_FIXED.items()},
@@ -143,6 +147,86 @@ def unet_to_json(config: UNetConfig) -> dict[str, Any]:
         **{key: as_list(getattr(config, field)) for field, key in _PER_BLOCK.items()},
         **{key: getattr(config, key) for key in _UNET_PLAIN},
     )
+
+
+# k-diffusion's U-Net
+
+_K_FIXED = {
+    "act_fn": ("gelu",),
+    "center_input_sample": (False,),
+    "conv_in_kernel": (1,),
+    "conv_out_kernel": (1,),
+    "cross_attention_norm": ("layer_norm", ANY),  # its blocks say so themselves, and the other ANY they do not read
+    "downsample_padding": (1, ANY),
+    "dropout": (0.0, ANY),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0, ANY),
+    "mid_block_scale_factor": (1, ANY),
+    "mid_block_type": (None,),
+    "norm_eps": (1e-5,),
+    "norm_num_groups": (None,),
+    "only_cross_attention": (False, ANY),
+    "resnet_time_scale_shift": ("scale_shift", ANY),
+    "time_embedding_type": ("fourier",),
+    "timestep_post_act": ("gelu",),
+    "upcast_attention": (False, ANY),
+    "use_linear_projection": (False, ANY),
+}
+# What diffusers takes where a file is silent
+_K_SILENT = {
+    "act_fn": "silu",
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_num_groups": 32,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+}
+_K_READ = {key: _UNET_READ[key] for key in ("sample_size", "in_channels", "out_channels", "block_out_channels")}
+_K_READ |= {key: _UNET_READ[key] for key in ("down_block_types", "up_block_types", "layers_per_block")}
+_K_READ |= {key: _UNET_READ[key] for key in ("attention_head_dim", "cross_attention_dim", "time_cond_proj_dim")}
+_K_PLAIN = ("sample_size", "layers_per_block", "attention_head_dim", "cross_attention_dim")
+
+
+def _k_unet_from_json(data: Mapping[str, Any], where: str) -> KUNetConfig:
+    values = values_of({**_K_SILENT, **data}, "UNet2DConditionModel", _K_READ, _K_FIXED, where)
+    widths, condition = tuple(values["block_out_channels"]), values["time_cond_proj_dim"]
+    for key, wanted in _k_block_types(len(widths)).items():
+        if list(values[key]) != wanted:
+            raise CheckpointError(f"{where}: {key}={list(values[key])} is not supported: only {wanted} is")
+    config = KUNetConfig(
+        in_channels=values["in_channels"],
+        out_channels=values["out_channels"],
+        block_out_channels=widths,
+        mapping_cond_dim=condition or 0,
+        **{key: one(values, key, where) for key in _K_PLAIN},
+    )
+    if config.mapping_cond_dim <= config.cross_attention_dim or config.mapping_cond_dim % 2:
+        raise CheckpointError(f"{where}: time_cond_proj_dim={condition!r} leaves no room beside the pooled prompt")
+    for width in widths:
+        divide(width, 32, "the groups' size", where)
+        divide(width, config.attention_head_dim, "attention_head_dim", where)
+    return config
+
+
+def _k_unet_to_json(config: KUNetConfig) -> dict[str, Any]:
+    return in_order(
+        {key: allowed[0] for key, allowed in _K_FIXED.items()},
+        _class_name="UNet2DConditionModel",
+        _diffusers_version=DIFFUSERS_VERSION,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        block_out_channels=list(config.block_out_channels),
+        time_cond_proj_dim=config.mapping_cond_dim,
+        **_k_block_types(len(config.block_out_channels)),
+        **{key: getattr(config, key) for key in _K_PLAIN},
+    )
+
+
+def _k_block_types(depth: int) -> dict[str, list[str]]:
+    """All levels but the first attend."""
+    down, up = (["KDownBlock2D"] + ["KCrossAttnDownBlock2D"] * (depth - 1), ["KCrossAttnUpBlock2D"] * (depth - 1))
+    return {"down_block_types": down, "up_block_types": [*up, "KUpBlock2D"]}
 
 
 # VAE
@@ -345,7 +429,8 @@ def noise_schedule_from_json(data: Mapping[str, Any], where: str) -> NoiseSchedu
 
 
 def noise_schedule_to_json(config: NoiseScheduleConfig) -> dict[str, Any]:
-    """As diffusers' DDIMScheduler, which knows every schedule and prediction that we share with diffusers.
+    """As diffusers' DDIMScheduler, which knows every schedule and prediction that we share with diffusers, but for EDM:
+    there pipelines make x0 of what the U-Net answers, and a scheduler of sigmas, EulerDiscreteScheduler, steps with it.
 
     A zero terminal signal-to-noise ratio is of use only to steps that begin at the last timestep ("trailing").
     Raises CheckpointError for a schedule of ours that diffusers has not.
@@ -354,7 +439,7 @@ def noise_schedule_to_json(config: NoiseScheduleConfig) -> dict[str, Any]:
         raise CheckpointError(
             "diffusers has no scheduler for a U-Net trained with beta_schedule 'rectified_flow': save it as 'native'"
         )
-    return in_order(
+    shared = in_order(
         {},
         _class_name="DDIMScheduler",
         _diffusers_version=DIFFUSERS_VERSION,
@@ -363,10 +448,15 @@ def noise_schedule_to_json(config: NoiseScheduleConfig) -> dict[str, Any]:
         beta_end=config.beta_end,
         num_train_timesteps=config.num_train_timesteps,
         prediction_type=config.prediction_type,
-        clip_sample=False,
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        trained_betas=None,
+    )
+    if config.prediction_type == "edm":
+        return {**shared, "_class_name": "EulerDiscreteScheduler", "prediction_type": "sample"}
+    return in_order(
+        shared,
+        clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
         timestep_spacing="trailing" if config.rescale_betas_zero_snr else "leading",
-        trained_betas=None,
     )

@@ -16,7 +16,7 @@ from sd_jax.checkpoints.errors import CheckpointError, listing
 from sd_jax.checkpoints.files import open_any
 from sd_jax.checkpoints.layout import Config
 from sd_jax.checkpoints.tensors import Tensor
-from sd_jax.models.presets import PARTS, ModelSpec
+from sd_jax.models.presets import PARTS, KUNetConfig, ModelSpec
 from sd_jax.types import NoiseScheduleConfig
 
 # What a pipeline may name besides the parts: it changes nothing of what the networks compute, or it is another's job
@@ -64,6 +64,10 @@ def open_folder(path: Path, weights: str, without: Collection[str] = ()) -> Fold
         schedule, reason = config_json.noise_schedule_from_json(read_json(file), str(file)), f"said by {file}"
     zeros = bool(said.get("force_zeros_for_empty_prompt", False))
     spec = ModelSpec(**configs, noise_schedule=schedule, force_zeros_for_empty_prompt=zeros)
+    if isinstance(spec.unet, KUNetConfig) and spec.text_encoder is not None:  # its pipeline says so, and no file
+        schedule, reason = dataclasses.replace(schedule, prediction_type="edm"), "the x2 latent upscaler's"
+        text_encoder = dataclasses.replace(spec.text_encoder, context_norm=False)
+        spec = dataclasses.replace(spec, noise_schedule=schedule, text_encoder=text_encoder)
     return Folder(spec, parts, _tokenizers(path, spec), reason)
 
 

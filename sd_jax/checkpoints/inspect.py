@@ -29,7 +29,7 @@ from sd_jax.checkpoints import (
 from sd_jax.checkpoints.errors import CheckpointError, shown
 from sd_jax.checkpoints.read_safetensors import Contents
 from sd_jax.checkpoints.tensors import Tensor, all_finite, is_float
-from sd_jax.models.presets import ModelSpec
+from sd_jax.models.presets import KUNetConfig, ModelSpec
 
 _LONGEST = 200  # characters of a value of the header
 _FORMATS = {
@@ -77,6 +77,8 @@ def title(kind: str, spec: ModelSpec) -> str:
     unet, latent = spec.unet, spec.vae.latent_channels
     if unet.num_class_embeds is not None:
         return "Stable Diffusion x4 upscaler"
+    if isinstance(unet, KUNetConfig):
+        return "Stable Diffusion x2 latent upscaler"
     special = {2 * latent + 1: " inpainting", latent + 1: " depth", 2 * latent: " InstructPix2Pix"}
     distilled = " (LCM)" if unet.time_cond_proj_dim is not None else ""
     return detect.FAMILIES[kind][0] + special.get(unet.in_channels, "") + distilled

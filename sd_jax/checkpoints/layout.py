@@ -9,16 +9,18 @@ from collections.abc import Callable, Mapping
 
 from sd_jax.checkpoints.errors import CheckpointError, listing, shown
 from sd_jax.checkpoints.tensors import Tensor
-from sd_jax.models.presets import CLIPTextConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from sd_jax.models.presets import CLIPTextConfig, KUNetConfig, TinyVAEConfig, UNetConfig, VAEConfig
 
 Shapes = dict[str, tuple[int, ...]]
-Config = UNetConfig | VAEConfig | TinyVAEConfig | CLIPTextConfig
+Config = UNetConfig | KUNetConfig | VAEConfig | TinyVAEConfig | CLIPTextConfig
 
 NAMES = {"unet": "U-Net", "vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 
 
-def unet(config: UNetConfig) -> Shapes:
-    """diffusers' UNet2DConditionModel with CrossAttnDownBlock2D and DownBlock2D."""
+def unet(config: UNetConfig | KUNetConfig) -> Shapes:
+    """diffusers' UNet2DConditionModel with CrossAttnDownBlock2D and DownBlock2D, or with K blocks."""
+    if isinstance(config, KUNetConfig):
+        return _k_unet(config)
     widths, layers = config.block_out_channels, config.layers_per_block
     depth, time = len(widths), 4 * widths[0]
     shapes = _conv("conv_in", config.in_channels, widths[0])
@@ -66,6 +68,44 @@ def unet(config: UNetConfig) -> Shapes:
         if i < depth - 1:
             shapes |= _conv(f"up_blocks.{i}.upsamplers.0.conv", out, out)
     return shapes | _norm("conv_norm_out", width) | _conv("conv_out", width, config.out_channels)
+
+
+def _k_unet(config: KUNetConfig) -> Shapes:
+    widths, layers, context = config.block_out_channels, config.layers_per_block, config.cross_attention_dim
+    depth, time = len(widths), 2 * widths[0]
+    shapes = _conv("conv_in", config.in_channels, widths[0], 1) | {"time_proj.weight": (widths[0],)}
+    shapes |= _linear("time_embedding.cond_proj", config.mapping_cond_dim, time, bias=False)
+    shapes |= _linear("time_embedding.linear_1", time, time) | _linear("time_embedding.linear_2", time, time)
+
+    def block(name, level, first, last):  # first, last: channels before the block and behind it
+        width, block = widths[level], {}
+        for j in range(layers):
+            before, behind = first if j == 0 else width, last if j == layers - 1 else width
+            resnet = f"{name}.resnets.{j}"
+            block |= _linear(f"{resnet}.norm1.linear", time, 2 * before) | _conv(f"{resnet}.conv1", before, width)
+            block |= _linear(f"{resnet}.norm2.linear", time, 2 * width) | _conv(f"{resnet}.conv2", width, behind)
+            if before != behind:
+                block |= _conv(f"{resnet}.conv_shortcut", before, behind, 1, bias=False)
+            if level > 0:
+                block |= _k_attention(f"{name}.attentions.{j}", behind, context, time, level == depth - 1)
+        return block
+
+    for level, width in enumerate(widths):
+        shapes |= block(f"down_blocks.{level}", level, widths[max(level - 1, 0)], width)
+    for i, level in enumerate(reversed(range(depth))):
+        joined = widths[level] if i == 0 else 2 * widths[level]
+        shapes |= block(f"up_blocks.{i}", level, joined, widths[max(level - 1, 0)])
+    return shapes | _conv("conv_out", widths[0], config.out_channels, 1)
+
+
+def _k_attention(name: str, width: int, context: int, time: int, to_itself: bool) -> Shapes:
+    """diffusers' KAttentionBlock."""
+    shapes = {}
+    for i, keys in ((1, width), (2, context)) if to_itself else ((2, context),):
+        shapes |= _linear(f"{name}.norm{i}.linear", time, 2 * width)
+        shapes |= _linear(f"{name}.attn{i}.to_q", width, width) | _linear(f"{name}.attn{i}.to_k", keys, width)
+        shapes |= _linear(f"{name}.attn{i}.to_v", keys, width) | _linear(f"{name}.attn{i}.to_out.0", width, width)
+    return shapes | _norm(f"{name}.attn2.norm_cross", context)
 
 
 def vae(config: VAEConfig | TinyVAEConfig) -> Shapes:

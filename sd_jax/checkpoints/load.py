@@ -26,7 +26,7 @@ from sd_jax.checkpoints import prediction_type as predictions
 from sd_jax.checkpoints.errors import CheckpointError
 from sd_jax.checkpoints.layout import Config
 from sd_jax.checkpoints.tensors import Tensor, dtype_of, lazy
-from sd_jax.models.presets import PARTS, CLIPTextConfig, ModelSpec, TinyVAEConfig, VAEConfig
+from sd_jax.models.presets import PARTS, CLIPTextConfig, KUNetConfig, ModelSpec, TinyVAEConfig, VAEConfig
 from sd_jax.types import Params
 
 
@@ -203,7 +203,10 @@ def _with_text_encoders(opened: Checkpoint, given: Any, path: Path) -> Checkpoin
             f"text_encoder= is {len(paths)} paths, and {path} has {len(parts)} text encoders ({', '.join(parts)})"
         )
     for part, source in zip(parts, paths, strict=True):
-        opened = _with_part(opened, part, *_open_text_encoder(hub.local(source), part, kind))
+        config, tensors = _open_text_encoder(hub.local(source), part, kind)
+        if isinstance(opened.spec.unet, KUNetConfig):
+            config = dataclasses.replace(config, context_norm=False)
+        opened = _with_part(opened, part, config, tensors)
     return opened
 
 
@@ -261,11 +264,12 @@ def check_together(spec: ModelSpec, there: Params, path: str | os.PathLike, any_
     unet, latent = spec.unet, spec.vae.latent_channels
     # Latents alone; with a mask and a masked picture; with a map of depth; with a small picture, and its noise level
     known = (latent, 2 * latent + 1, latent + 1, *((latent + 3,) if unet.num_class_embeds is not None else ()))
+    known = (2 * latent,) if isinstance(unet, KUNetConfig) else known  # with small latents
     if "vae" in there and not any_channels and unet.in_channels not in known:
         what = {8: " (an InstructPix2Pix model)"}.get(unet.in_channels, "")
         raise CheckpointError(
             f"{path}: its U-Net takes {unet.in_channels} channels{what} and its VAE has {latent}: only models for text "
-            "to image, inpainting, depth and 4-fold upscaling are opened"
+            "to image, inpainting, depth and upscaling are opened"
         )
     texts = spec.text_encoders
     if texts.keys() <= set(there):

@@ -21,7 +21,7 @@ from sd_jax.checkpoints import (
 from sd_jax.checkpoints.aside import aside
 from sd_jax.checkpoints.errors import CheckpointError
 from sd_jax.checkpoints.tensors import Tensor, dtype_of, lazy
-from sd_jax.models.presets import PARTS, ModelSpec
+from sd_jax.models.presets import PARTS, KUNetConfig, ModelSpec
 from sd_jax.types import Params
 
 Flat = dict[str, dict[str, Tensor]]  # {part: {our name: Tensor}}
@@ -51,6 +51,8 @@ def save_checkpoint(
     where = f"cannot write {path}"
     if format != "native" and "vae" not in spec.parts:
         raise CheckpointError(f"{where}: the model works on pixels, for which only format='native' has a place")
+    if format == "single_file" and isinstance(spec.unet, KUNetConfig):
+        raise CheckpointError(f"{where}: single files have no place for the x2 latent upscaler: use 'diffusers'")
     missing = [part for part in _needed(spec, format) if part not in params]
     if missing:
         raise CheckpointError(f"{where}: the model has no {layout.NAMES[missing[0]]}")

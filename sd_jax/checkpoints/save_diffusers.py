@@ -15,7 +15,7 @@ from sd_jax.checkpoints.errors import CheckpointError
 from sd_jax.checkpoints.read_safetensors import write
 from sd_jax.checkpoints.tensors import Tensor
 from sd_jax.diffusion import low_resolution
-from sd_jax.models.presets import CLIPTextConfig, ModelSpec
+from sd_jax.models.presets import CLIPTextConfig, KUNetConfig, ModelSpec
 
 _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 _ABSENT = [None, None]
@@ -58,7 +58,8 @@ def save(work: Path, path: Path, spec: ModelSpec, theirs: Mapping[str, Mapping[s
 def _as_pipelines_read(
     config: CLIPTextConfig, tensors: Mapping[str, Tensor], part: str, spec: ModelSpec, where: str
 ) -> tuple[CLIPTextConfig, Mapping[str, Tensor]]:
-    """SDXL's pipelines read the last layer but one, without the final norm; the others the last layer and its norm.
+    """SDXL's pipelines read the last layer but one, without the final norm; the x2 latent upscaler's the last, without
+    it too; the others the last layer and its norm.
 
     So the folders of a model that reads an earlier layer (SD 2's single files hold a last one that nothing reads, and a
     projection) are written without what lies behind it. Raises CheckpointError where no folder says the same.
@@ -68,6 +69,12 @@ def _as_pipelines_read(
         if how != (2, False):
             raise CheckpointError(
                 f"{where}: {part} with clip_skip, context_norm {how}: SDXL's pipelines have (2, False)"
+            )
+        return config, tensors
+    if isinstance(spec.unet, KUNetConfig):
+        if how != (1, False):
+            raise CheckpointError(
+                f"{where}: {part} with clip_skip, context_norm {how}: the x2 latent upscaler's pipeline has (1, False)"
             )
         return config, tensors
     if not config.context_norm:
@@ -101,6 +108,8 @@ def index_of(spec: ModelSpec) -> dict[str, Any]:
             "safety_checker": _ABSENT,
             "watermarker": _ABSENT,
         }
+    if isinstance(unet, KUNetConfig):
+        return index | {"_class_name": "StableDiffusionLatentUpscalePipeline"}
     if sees_depth:
         return index | {"_class_name": "StableDiffusionDepth2ImgPipeline", "depth_estimator": _ABSENT}
     return index | {

@@ -1,4 +1,4 @@
-"""k-diffusion's U-Net, as diffusers' UNet2DConditionModel of K blocks: Stability's x2 latent upscaler (Katherine Crowson).
+"""k-diffusion's U-Net, as diffusers' UNet2DConditionModel of K blocks: that of Stability's x2 latent upscaler.
 
 It differs from Stable Diffusion's in nearly all: every norm is scaled and shifted by what the U-Net is told (AdaGN:
 Dhariwal & Nichol 2021, arXiv 2105.05233, section 3), sizes are halved and doubled by a fixed filter, one state of each

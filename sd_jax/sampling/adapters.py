@@ -25,6 +25,7 @@ from sd_jax.checkpoints import embeddings, files, hypernetworks, ip_adapters
 from sd_jax.checkpoints.adapters import IN_FOLDERS, file_in, hash_of_adapter, open_adapter
 from sd_jax.checkpoints.errors import CheckpointError
 from sd_jax.models.networks import Networks
+from sd_jax.models.presets import KUNetConfig
 from sd_jax.names import hint
 from sd_jax.prompts import tags
 from sd_jax.sampling.image_prompt import ImageEncoder, encoder_for
@@ -127,6 +128,8 @@ def put_on(
     image_encoder: Any = None,
 ) -> "Pipeline":
     """`Pipeline.with_adapter`, whose docstring says what the arguments are."""
+    if isinstance(pipe.spec.unet, KUNetConfig):
+        raise ValueError("adapters are not for the x2 latent upscaler: put them on the model before it")
     at_calls(strength, 1)
     if text_strength is None:
         if not isinstance(strength, Real):

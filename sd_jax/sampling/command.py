@@ -402,9 +402,8 @@ def _resolved(pipe: Pipeline, recipe: Recipe, job: str, size: tuple[int, int]) -
     strengths = {module.__name__.split(".")[-1]: module.STRENGTH for module in (image_to_image, inpaint, hires_fix)}
     changes = {"strength": strengths[job]} if job in strengths and recipe.strength is None else {}
     if job == "upscale":
-        trained = upscale.is_upscaler(pipe.spec)
-        name, default = ("noise_level", upscale.NOISE_LEVEL) if trained else ("strength", upscale.STRENGTH)
-        changes |= {name: default} if getattr(recipe, name) is None else {}
+        took = upscale.defaults(pipe.spec)
+        changes |= {name: default for name, default in took.items() if getattr(recipe, name) is None}
     if job == "hires_fix":
         height, width = latent_size(pipe.spec, recipe)
         size = width * pipe.spec.vae.downscale, height * pipe.spec.vae.downscale

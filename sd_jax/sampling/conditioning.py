@@ -148,7 +148,7 @@ def refuse_untold(recipe: Recipe, specs: Sequence[ModelSpec]) -> None:
 
 def _encoded(pipe, recipe, calls, base_calls, prompts, conditioning, negative=False) -> EncodedPrompt:
     """Prompts, or conditioning in their place: one row of the table for each picture, the same at every call."""
-    pooled_is_read = pipe.spec.num_time_ids > 0
+    pooled_is_read = pipe.spec.reads_pooled
     if conditioning is not None:
         if pooled_is_read and conditioning.pooled is None:
             raise ValueError("conditioning has no pooled state, which this model reads: see Pipeline.encode_prompts")

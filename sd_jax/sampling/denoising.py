@@ -240,6 +240,7 @@ def _check_channels(pipe, start) -> None:
         use = {
             latent + 1: "give it image_to_image with depth=",
             latent + 3: "it is for upscaling, use it to upscale",
+            2 * latent: "it is for upscaling, use it to upscale",
             2 * latent + 1: "use it to inpaint",
         }.get(wanted, "no job here shows it what it wants")
         raise ValueError(f"this U-Net takes {wanted} channels, not {shown}: {use}")

@@ -351,7 +351,7 @@ class Pipeline:
 
     def upscale(
         self,
-        image: Any,  # as in image_to_image; the small picture
+        image: Any,  # as in image_to_image; the small picture. The x2 latent upscaler takes its latents as well
         prompt: str | Sequence[str] = "",
         *,
         method: str | None = None,  # "model", "redraw" or "enlarger"; None = the first, of models trained to, or redraw
@@ -373,8 +373,9 @@ class Pipeline:
 
         "model": where width and height do not say, it becomes as much larger as a picture is than its latents, which
         have the size of the small picture: 4 times. On pixels, where the two are one, both must be given. The higher
-        `noise_level`, the less of the small picture is kept, and the more is made up. "redraw": `scale` times as large,
-        2; the higher `strength`, 0.35, the more is made up.
+        `noise_level`, the less of the small picture is kept, and the more is made up. The x2 latent upscaler makes it
+        twice as large, reads no noise_level, and takes what Stable Diffusion's jobs return with output="latents" in
+        place of a picture. "redraw": `scale` times as large, 2; the higher `strength`, 0.35, the more is made up.
         Raises ValueError for a method that is not this model's, media.BadImage for a file that is no picture.
         """
         made = self._recipe("upscale", output, recipe)

@@ -1,7 +1,7 @@
 """Upscaling: a large picture of a small one, in one of METHODS.
 
 model     a U-Net sees the small picture, noised, and is told how much: Stable Diffusion's x4 upscaler, and what
-          config.method='super_resolution' trains
+          config.method='super_resolution' trains; or its latents as they are: Stable Diffusion's x2 latent upscaler
 redraw    any model: the picture is enlarged, noised a part of the way and denoised again
 enlarger  a network that enlarges in one step (`sd_jax.load_upscaler`), and nothing else
 """
@@ -14,6 +14,7 @@ import numpy as np
 
 from sd_jax import sharding
 from sd_jax.diffusion import low_resolution, noise
+from sd_jax.models.presets import KUNetConfig
 from sd_jax.models.vae import to_image
 from sd_jax.sampling import canvas
 from sd_jax.sampling.denoising import Start, denoise, keys_of
@@ -28,10 +29,23 @@ if TYPE_CHECKING:
 METHODS = ("model", "redraw", "enlarger")
 NOISE_LEVEL = 20
 STRENGTH, SCALE = 0.35, 2.0  # of redraw
+TWICE = 2  # as large as what it sees the x2 latent upscaler makes latents
 
 
 def is_upscaler(spec: "ModelSpec") -> bool:
-    return spec.unet.num_class_embeds is not None and spec.unet.in_channels == spec.vae.latent_channels + 3
+    sees_pixels = spec.unet.num_class_embeds is not None and spec.unet.in_channels == spec.vae.latent_channels + 3
+    return sees_pixels or sees_latents(spec)
+
+
+def sees_latents(spec: "ModelSpec") -> bool:
+    return isinstance(spec.unet, KUNetConfig)
+
+
+def defaults(spec: "ModelSpec") -> dict[str, Any]:
+    """What the job takes for such a model where the recipe has None."""
+    if sees_latents(spec):
+        return {}
+    return {"noise_level": NOISE_LEVEL} if is_upscaler(spec) else {"strength": STRENGTH}
 
 
 def upscale(
@@ -51,6 +65,8 @@ def upscale(
     if method == "model":
         if enlarger is not None or recipe.scale is not None or recipe.strength is not None:
             raise ValueError("enlarger=, scale= and strength= are for method='redraw': leave them out")
+        if sees_latents(pipe.spec):
+            return _by_latents(pipe, prompt, recipe, image, image_noise, given, output, callback)
         return _by_model(pipe, prompt, recipe, image, image_noise, given, output, callback)
     if image_noise is not None or recipe.noise_level is not None:
         raise ValueError("image_noise= and noise_level= are for models that were trained to enlarge: leave them out")
@@ -74,8 +90,8 @@ def method_of(spec: "ModelSpec", method: str | None) -> str:
         raise ValueError(f"method={method!r} is unknown: use {', '.join(METHODS)}")
     if method == "model" and not trained:
         raise ValueError(
-            "this model is no upscaler: load one, such as stabilityai/stable-diffusion-x4-upscaler or a run of "
-            "config.method='super_resolution'"
+            "this model is no upscaler: load one, such as stabilityai/stable-diffusion-x4-upscaler, "
+            "stabilityai/sd-x2-latent-upscaler or a run of config.method='super_resolution'"
         )
     if method == "redraw" and trained:
         raise ValueError("method='redraw' is for models that make pictures of prompts alone: leave it out")
@@ -112,6 +128,33 @@ def _by_model(pipe, prompt, recipe, image, image_noise, given, output, callback)
     concat = _beside_latents(small, jnp.asarray(image_noise), np.int32(level), size)
     start = Start(size, concat=concat, class_label=level)
     return pipe.finish(denoise(pipe, prompt, recipe, start, given, callback), output)
+
+
+def _by_latents(pipe, prompt, recipe, image, image_noise, given, output, callback) -> np.ndarray:
+    if image_noise is not None or recipe.noise_level is not None:
+        raise ValueError("image_noise= and noise_level=: this model sees the small picture as it is, leave them out")
+    small = _small_latents(pipe, recipe, image)
+    concat = small.repeat(TWICE, axis=1).repeat(TWICE, axis=2)
+    start = Start(concat.shape[1:3], concat=concat)
+    return pipe.finish(denoise(pipe, prompt, recipe, start, given, callback), output)
+
+
+def _small_latents(pipe, recipe, image) -> np.ndarray:
+    """[batch, h, w, c], of a picture, or latents as jobs return them."""
+    spec = pipe.spec
+    multiple = spec.unet.multiple // TWICE
+    if np.ndim(image) == 4 and np.shape(image)[-1] == spec.vae.latent_channels:
+        latents = np.asarray(image, np.float32)
+        height, width = (side * TWICE * spec.vae.downscale for side in latents.shape[1:3])
+        if size_of(recipe, height, width) != (height, width):
+            raise ValueError(f"width=, height=: of these latents it makes {width}x{height} pixels, leave them out")
+        if latents.shape[1] % multiple or latents.shape[2] % multiple:
+            raise ValueError(f"latents of the shape {latents.shape}: height and width must be multiples of {multiple}")
+        return latents
+    pixels = canvas.read_pixels(image)
+    size = size_of(recipe, *(side * TWICE for side in pixels.shape[1:3]))
+    size = canvas.fit_size(*size, TWICE * multiple * spec.vae.downscale)
+    return np.asarray(encoded(pipe, canvas.resize(pixels, *(side // TWICE for side in size))))
 
 
 def _level(pipe, recipe) -> int:

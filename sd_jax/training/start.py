@@ -13,7 +13,7 @@ from sd_jax.checkpoints.beside import open_beside
 from sd_jax.checkpoints.load import open_checkpoint
 from sd_jax.checkpoints.tensors import lazy
 from sd_jax.models.networks import Networks
-from sd_jax.models.presets import ModelSpec
+from sd_jax.models.presets import KUNetConfig, ModelSpec
 from sd_jax.prompts.chunks import CaptionTokenizer
 from sd_jax.prompts.tokenize import Tokenizer, load_tokenizer, train_tokenizer
 from sd_jax.training import setup
@@ -78,6 +78,10 @@ def build_model(
     if loaded is None and not config.model:
         raise ValueError("config.model and config.init are both empty: name a checkpoint or describe a model")
     spec = _with_clip_skip(ModelSpec.from_dict(config.model.to_dict()) if config.model else loaded.spec, config)
+    if isinstance(spec.unet, KUNetConfig):
+        raise ValueError(
+            f"config.init={config.init!r} is the x2 latent upscaler, which no config.method trains: choose another"
+        )
     beside = {part: open_beside(part, path) for part, path in _paths_beside(config).items() if path}
     spec = dataclasses.replace(spec, **{part: opened.config for part, opened in beside.items()})
     method.check(config, spec)
