@@ -48,6 +48,25 @@ _X4_UNET = {
     "only_cross_attention": (True, False),
     "num_class_embeds": 50,
 }
+_X2_UNET = {
+    "block_out_channels": (32, 64, 64),
+    "down_block_types": ("KDownBlock2D", "KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D"),
+    "up_block_types": ("KCrossAttnUpBlock2D", "KCrossAttnUpBlock2D", "KUpBlock2D"),
+    "mid_block_type": None,
+    "layers_per_block": 2,
+    "in_channels": 8,
+    "out_channels": 5,
+    "attention_head_dim": 16,
+    "cross_attention_dim": 48,
+    "time_cond_proj_dim": 128 + 48,
+    "time_embedding_type": "fourier",
+    "timestep_post_act": "gelu",
+    "act_fn": "gelu",
+    "norm_num_groups": None,
+    "conv_in_kernel": 1,
+    "conv_out_kernel": 1,
+    "resnet_time_scale_shift": "scale_shift",
+}
 _V = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 FAMILIES = {  # name -> (pipeline, U-Net, scheduler, text encoders)
@@ -64,11 +83,13 @@ FAMILIES = {  # name -> (pipeline, U-Net, scheduler, text encoders)
         {"beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "v_prediction"},
         "h",
     ),
+    "sd_x2_latent_upscaler": ("StableDiffusionLatentUpscalePipeline", _X2_UNET, {"prediction_type": "sample"}, "l"),
     "sdxl": ("StableDiffusionXLPipeline", _SDXL_UNET, {}, "lg"),
     "sdxl_inpainting": ("StableDiffusionXLInpaintPipeline", {**_SDXL_UNET, "in_channels": 9}, {}, "lg"),
     "sdxl_lcm": ("StableDiffusionXLPipeline", {**_SDXL_UNET, "time_cond_proj_dim": 16}, {}, "lg"),
     "sdxl_refiner": ("StableDiffusionXLImg2ImgPipeline", _REFINER_UNET, {}, "g"),
 }
+IN_SINGLE_FILES = [name for name in FAMILIES if name != "sd_x2_latent_upscaler"]
 _SCALING = {"sd_x4_upscaler": 0.08333}
 
 
@@ -144,6 +165,8 @@ def _beside(library, name: str) -> dict:
     """What pipelines ask for that no test uses."""
     if name == "sd2_depth":
         return {"depth_estimator": None, "feature_extractor": None}
+    if name == "sd_x2_latent_upscaler":
+        return {}
     if name == "sd_x4_upscaler":
         return {"low_res_scheduler": library.DDPMScheduler(), "max_noise_level": 35}
     return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -175,5 +198,5 @@ def _randomise(part) -> None:
     part.eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in part.named_parameters():
-        centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        centre = 1.0 if "norm" in name and name.endswith("weight") and parameter.ndim == 1 else 0.0
         parameter.data = centre + 0.1 * torch.randn(parameter.shape, generator=generator)

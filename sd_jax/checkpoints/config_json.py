@@ -153,6 +153,8 @@ def unet_to_json(config: UNetConfig | KUNetConfig) -> dict[str, Any]:
 
 _K_FIXED = {
     "act_fn": ("gelu",),
+    "addition_embed_type_num_heads": (64, ANY),
+    "attention_type": ("default",),
     "center_input_sample": (False,),
     "conv_in_kernel": (1,),
     "conv_out_kernel": (1,),
@@ -166,9 +168,11 @@ _K_FIXED = {
     "norm_eps": (1e-5,),
     "norm_num_groups": (None,),
     "only_cross_attention": (False, ANY),
+    "resnet_out_scale_factor": (1.0, ANY),
     "resnet_time_scale_shift": ("scale_shift", ANY),
     "time_embedding_type": ("fourier",),
     "timestep_post_act": ("gelu",),
+    "transformer_layers_per_block": (1, ANY),
     "upcast_attention": (False, ANY),
     "use_linear_projection": (False, ANY),
 }

@@ -20,7 +20,8 @@ clean picture. So there
     start = sqrt(1 + sigmas[0]^2),    sigmas[-1] = sigma_0,    end = 1 / sqrt(1 + sigmas[-1]^2)             (3)
 
 where `end` follows the same equation as ever, since 1 / sqrt(1 + 0) = 1. The spacing `leading` has this start whatever
-the sampler is: in diffusers all schedulers have it there, those of Euler and Heun too.
+the sampler is: in diffusers all schedulers have it there, those of Euler and Heun too. The spacing `log_linear` stops at
+sigma_0, and end = 1 all the same.
 
 All is computed in float64 by numpy; diffusers and k-diffusion compute in float32 (measured: sigma_0 of Stable Diffusion
 differs by 1e-5 of itself, larger ones less).
@@ -143,7 +144,7 @@ def make_sigmas(
     sigma_min: float | None = None,  # the ends, None = those of cfg; only for the schedules of spacings.RANGED
     sigma_max: float | None = None,
 ) -> Float[np.ndarray, " steps_plus_1"]:
-    """The noise levels of a ladder, descending, float32; the last is 0, except as Eq. 3 says.
+    """The noise levels of a ladder, descending, float32; the last is 0, except of `log_linear` and as Eq. 3 says.
 
     `ddim_uniform` may give some steps more than asked for, and `beta` fewer (above a hundred), as they do in ComfyUI.
     Raises ValueError for an unknown schedule, for more steps than it has distinct noise levels for, and for an option
@@ -174,7 +175,7 @@ def make_sigmas(
     sigmas = sigmas[:steps] if asked > steps else sigmas
     if np.any(np.diff(sigmas) >= 0):
         raise ValueError(f"schedule {schedule!r} has no {steps} different steps in {len(trained)} timesteps: use fewer")
-    final = trained[0] if _variance_preserving(schedule, sampler) else 0.0
+    final = trained[0] if schedule == "log_linear" or _variance_preserving(schedule, sampler) else 0.0
     return np.append(sigmas, final).astype(np.float32)
 
 
@@ -182,8 +183,10 @@ def make_ladder(schedule: str, steps: int, cfg: NoiseScheduleConfig, sampler: st
     """`make_sigmas` with the factors before the first and after the last step (Eq. 2 and 3). Raises as it does."""
     sigmas = make_sigmas(schedule, steps, cfg, sampler, **options)
     first, last = float(sigmas[0]), float(sigmas[-1])
-    start = (1 + first**2) ** 0.5 if schedule == "leading" or _variance_preserving(schedule, sampler) else first
-    return Ladder(sigmas, np.asarray(start, np.float32), np.asarray((1 + last**2) ** -0.5, np.float32))
+    preserving = _variance_preserving(schedule, sampler)
+    start = (1 + first**2) ** 0.5 if schedule == "leading" or preserving else first
+    end = (1 + last**2) ** -0.5 if preserving else 1.0
+    return Ladder(sigmas, np.asarray(start, np.float32), np.asarray(end, np.float32))
 
 
 def _variance_preserving(schedule: str, sampler: str) -> bool:

@@ -1,7 +1,7 @@
 """How the noise levels of a ladder are spread: one short function for each name that people know.
 
 Each takes (steps, sigmas), where sigmas are those of the discrete schedule, ascending, and returns the noise levels at
-which the model is called, descending, [steps]; the final 0 is not among them. In numpy, float64.
+which the model is called, descending, [steps]; the end, 0 or the smallest, is not among them. In numpy, float64.
 
     name                    even in                               is
     normal                  timestep                              k-diffusion get_sigmas, ComfyUI and A1111 Normal,
@@ -11,6 +11,7 @@ which the model is called, descending, [steps]; the final 0 is not among them. I
     ddim_uniform            timestep, from timestep 1 upwards     ComfyUI, A1111 DDIM
     karras                  sigma^(1/7)                           k-diffusion, all others
     exponential             log sigma                             k-diffusion, all others; diffusers' use_lu_lambdas
+    log_linear              log sigma, the smallest is the end    k-diffusion's x2 latent upscaler, diffusers' Euler
     polyexponential         log sigma, bent by rho                k-diffusion, ComfyUI, A1111 (rho 1: exponential)
     kl_optimal              arctan sigma                          ComfyUI (A1111 stops one step before its end)
     linear_quadratic        sigma at first, then quadratic        ComfyUI, Mochi
@@ -90,6 +91,11 @@ def _karras(steps, sigmas, rho=7.0):
 def _exponential(steps, sigmas):
     """A geometric series."""
     return np.exp(np.linspace(np.log(sigmas[-1]), np.log(sigmas[0]), steps))
+
+
+def _log_linear(steps, sigmas):
+    """`exponential` of one step more, less the last, at which the ladder ends: diffusers' interpolation_type."""
+    return _exponential(steps + 1, sigmas)[:-1]
 
 
 def _polyexponential(steps, sigmas, rho=1.0):
@@ -175,6 +181,7 @@ SPACINGS = {
     "normal": _normal,
     "karras": _karras,
     "exponential": _exponential,
+    "log_linear": _log_linear,
     "polyexponential": _polyexponential,
     "sgm_uniform": _sgm_uniform,
     "simple": _simple,

@@ -51,6 +51,7 @@ SCHEDULES = {  # A1111's "Uniform" is another name of its "Normal"
     "beta_webui": "Beta",
 }
 SCHEDULES_OURS_ALONE = ("beta", "linear_quadratic", "align_your_steps", "lcm", "leading", "trailing", "linspace")
+SCHEDULES_OURS_ALONE += ("log_linear",)
 # What a sampler walks on where the text names no schedule, as before A1111 1.9; others: normal. These three have
 # timesteps of their own, of which UniPC's end at sigma_0 and not at 0.
 UNNAMED = {"ddim": "leading", "plms": "leading", "uni_pc": "sgm_uniform"}

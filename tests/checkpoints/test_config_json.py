@@ -6,7 +6,7 @@ import json
 import pytest
 
 from sd_jax.checkpoints import CheckpointError, config_json
-from sd_jax.models.families import FAMILIES, SD15, SDXL, TAESD
+from sd_jax.models.families import FAMILIES, SD15, SD_X2_LATENT_UPSCALER, SDXL, TAESD
 from sd_jax.models.presets import SHAPES_64, TINY
 from sd_jax.types import NoiseScheduleConfig
 
@@ -199,6 +199,26 @@ def test_other_files_of_other_models():
     euler = {**SCHEDULER, "_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear"}
     euler |= {"timestep_spacing": "leading", "use_karras_sigmas": False, "prediction_type": "epsilon"}
     assert config_json.noise_schedule_from_json(euler, "") == SDXL.noise_schedule
+
+
+def test_k_unet():
+    data = json.loads(json.dumps(config_json.unet_to_json(SD_X2_LATENT_UPSCALER.unet)))
+    assert config_json.unet_from_json(data, "") == SD_X2_LATENT_UPSCALER.unet
+    silent = {key: value for key, value in data.items() if key not in ("only_cross_attention", "norm_eps", "dropout")}
+    assert config_json.unet_from_json(silent, "") == SD_X2_LATENT_UPSCALER.unet
+    for key, value, said in [
+        ("act_fn", "silu", "act_fn='silu' is not supported"),
+        ("up_block_types", ["KCrossAttnUpBlock2D"] * 4, "up_block_types=.* is not supported: only .*KUpBlock2D"),
+        ("time_cond_proj_dim", None, "time_cond_proj_dim=None leaves no room beside the pooled prompt"),
+        ("attention_head_dim", 100, "attention_head_dim=100 does not divide 384"),
+    ]:
+        with pytest.raises(CheckpointError, match=f"file: {said}"):
+            config_json.unet_from_json({**data, key: value}, "file")
+    for key in ("act_fn", "conv_in_kernel", "norm_num_groups", "time_embedding_type", "timestep_post_act"):
+        with pytest.raises(CheckpointError, match=f"{key}=.* is not supported"):
+            config_json.unet_from_json({k: v for k, v in data.items() if k != key}, "file")
+    noise = config_json.noise_schedule_to_json(SD_X2_LATENT_UPSCALER.noise_schedule)
+    assert (noise["_class_name"], noise["prediction_type"]) == ("EulerDiscreteScheduler", "sample")
 
 
 @pytest.mark.parametrize("model", ["tiny", "shapes_64", "taesd", *FAMILIES])

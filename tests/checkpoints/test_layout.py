@@ -9,13 +9,14 @@ import pytest
 from flax import traverse_util
 
 from sd_jax.checkpoints import CheckpointError, keys_diffusers, layout
-from sd_jax.models.families import FAMILIES, SD15, SDXL, TAESD
+from sd_jax.models.families import FAMILIES, SD15, SD_X2_LATENT_UPSCALER, SDXL, TAESD
 from sd_jax.models.networks import Networks
 from sd_jax.models.presets import SHAPES_64, TINY
 from tests.checkpoints.tiny import shapes_only
 from tests.reference import diffusers
 
 MODELS = {"tiny": TINY, "shapes_64": SHAPES_64, **FAMILIES, "taesd": dataclasses.replace(SD15, vae=TAESD)}
+MODELS["sd_x2_latent_upscaler"] = SD_X2_LATENT_UPSCALER
 
 
 def different_networks() -> list:
@@ -47,6 +48,7 @@ def test_modules_initialise_what_the_layout_lists(spec, part):
         (SD15, "unet", 686, 859_520_964),
         (SD15, "vae", 248, 83_653_863),
         (SD15, "text_encoder", 196, 123_060_480),
+        (SD_X2_LATENT_UPSCALER, "unet", 639, 372_560_645),
         (SDXL, "unet", 1680, 2_567_463_684),
         (SDXL, "text_encoder_2", 517, 694_659_840),
     ],
@@ -105,6 +107,24 @@ _X4 = {
     "use_linear_projection": True,
     "num_class_embeds": 1000,
 }
+_X2 = {  # as scripts/convert_k_upscaler_to_diffusers.py makes it of the authors' config
+    "down_block_types": ["KDownBlock2D", *["KCrossAttnDownBlock2D"] * 3],
+    "up_block_types": [*["KCrossAttnUpBlock2D"] * 3, "KUpBlock2D"],
+    "mid_block_type": None,
+    "in_channels": 8,
+    "out_channels": 5,
+    "block_out_channels": [384, 384, 768, 768],
+    "layers_per_block": 4,
+    "attention_head_dim": 64,
+    "cross_attention_dim": 768,
+    "time_cond_proj_dim": 896,
+    "time_embedding_type": "fourier",
+    "timestep_post_act": "gelu",
+    "act_fn": "gelu",
+    "norm_num_groups": None,
+    "conv_in_kernel": 1,
+    "conv_out_kernel": 1,
+}
 _SDXL = {
     **_blocks(False, True, True),
     "block_out_channels": [320, 640, 1280],
@@ -153,6 +173,7 @@ PUBLISHED = {
     "sdxl_inpainting": {"unet": {**_SDXL, "in_channels": 9}, **_LINE_XL},
     "sdxl_lcm": {"unet": {**_SDXL, "time_cond_proj_dim": 256}, **_LINE_XL},
     "sdxl_refiner": {"unet": _REFINER, "vae": _VAE, "text_encoder_2": _OPENCLIP_BIGG},
+    "sd_x2_latent_upscaler": {"unet": _X2, "vae": _VAE, "text_encoder": _CLIP_L},
     "taesd": {"unet": _SD1, "text_encoder": _CLIP_L, "vae": _TAESD},
 }
 
@@ -194,4 +215,4 @@ def test_layout_is_that_of_the_published_model(name):
 
 
 def test_every_family_has_its_published_config():
-    assert set(PUBLISHED) == {*FAMILIES, "taesd"}
+    assert set(PUBLISHED) == {*FAMILIES, "taesd", "sd_x2_latent_upscaler"}

@@ -181,6 +181,15 @@ def test_families(tmp_path, name):
         assert_same_pipelines(from_file, pipeline)
 
 
+def test_the_latent_upscaler(tmp_path):
+    folder, pipeline = saved_family("sd_x2_latent_upscaler")
+    loaded = load_checkpoint(folder)
+    save_checkpoint(tmp_path / "ours", loaded.spec, loaded.params, loaded.tokenizer)
+    opened = open_pipeline(tmp_path / "ours")
+    assert_same_pipelines(opened, pipeline)
+    assert type(opened.scheduler).__name__ == "EulerDiscreteScheduler"
+
+
 def open_single_file(pipeline_class, file, config):
     """By diffusers. Raises where it warns of unused weights or leaves some without a value."""
     said = []

@@ -13,7 +13,7 @@ from sd_jax.checkpoints.read_safetensors import write
 from sd_jax.checkpoints.tensors import lazy
 from sd_jax.models.presets import PARTS
 from tests.checkpoints.tiny import assert_same
-from tests.reference_families import FAMILIES, saved_family
+from tests.reference_families import IN_SINGLE_FILES, saved_family
 
 pytestmark = pytest.mark.parity
 
@@ -52,7 +52,7 @@ def torch_tensors(arrays):
     return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", IN_SINGLE_FILES)
 def test_folders_of_every_family(name):
     folder, pipeline, theirs = reference(name)
     loaded = load_checkpoint(folder)
@@ -68,7 +68,7 @@ def test_folders_of_every_family(name):
     assert loaded.spec.force_zeros_for_empty_prompt == pipeline.config.get("force_zeros_for_empty_prompt", False)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", IN_SINGLE_FILES)
 def test_single_files_of_every_family(tmp_path, name):
     """Without a header: shapes and the family say what the configs of the folder say."""
     folder, _, theirs = reference(name)

@@ -20,7 +20,7 @@ from sd_jax.checkpoints.tokenizer_files import special_ids
 from sd_jax.models.families import FAMILIES, SD2_BASE
 from sd_jax.models.presets import TinyVAEConfig
 from sd_jax.prompts.tokenize import load_tokenizer
-from tests.checkpoints.tiny import SPEC, SPECS, assert_same, compvis_file, random_params
+from tests.checkpoints.tiny import SPEC, SPECS, X2_UPSCALER, assert_same, compvis_file, random_params
 
 FORMATS = {"diffusers": "model", "single_file": "model.safetensors", "native": "model"}
 
@@ -50,6 +50,24 @@ def test_there_and_back(tmp_path, params, tokenizer, format):
         for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
             assert (path / "tokenizer" / name).read_bytes() == (tokenizer / name).read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == [path.name]  # nothing is left beside it
+
+
+def test_the_latent_upscaler_there_and_back(tmp_path, tokenizer):
+    params = random_params(X2_UPSCALER)
+    for format in ("diffusers", "native"):
+        save_checkpoint(tmp_path / format, X2_UPSCALER, params, tokenizer, format=format)
+        loaded = load_checkpoint(tmp_path / format)
+        assert loaded.spec == X2_UPSCALER
+        assert_same(loaded.params, params)
+    assert loaded.notes[0].startswith("prediction type edm")
+    other = load_checkpoint(tmp_path / "diffusers", text_encoder=tmp_path / "diffusers" / "text_encoder")
+    assert other.spec == X2_UPSCALER
+    with pytest.raises(CheckpointError, match="single files have no place for the x2 latent upscaler: use 'diffusers'"):
+        save_checkpoint(tmp_path / "a.safetensors", X2_UPSCALER, params, format="single_file")
+    text = dataclasses.replace(X2_UPSCALER.text_encoder, context_norm=True)
+    with pytest.raises(CheckpointError, match="the x2 latent upscaler's pipeline has \\(1, False\\)"):
+        save_checkpoint(tmp_path / "b", dataclasses.replace(X2_UPSCALER, text_encoder=text), params, tokenizer)
+    assert describe(tmp_path / "diffusers")["family"] == "Stable Diffusion x2 latent upscaler"
 
 
 def cast(params, dtype):

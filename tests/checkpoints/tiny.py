@@ -8,7 +8,8 @@ from flax import traverse_util
 
 from sd_jax.checkpoints import keys_compvis, keys_diffusers, layout
 from sd_jax.checkpoints.tensors import Tensor, lazy
-from sd_jax.models.presets import TINY
+from sd_jax.models.presets import TINY, KUNetConfig
+from sd_jax.types import NoiseScheduleConfig
 
 VOCABULARY = 517  # of `tiny_tokenizer`
 SPEC = dataclasses.replace(
@@ -64,6 +65,20 @@ SPECS = {  # one of each kind of single file, and what some have besides
         force_zeros_for_empty_prompt=False,
     ),
 }
+
+
+X2_UPSCALER = dataclasses.replace(  # which no single file holds
+    SPEC,
+    unet=KUNetConfig(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        mapping_cond_dim=40,
+    ),
+    text_encoder=dataclasses.replace(SPEC.text_encoder, context_norm=False),
+    noise_schedule=NoiseScheduleConfig(prediction_type="edm"),
+)
 
 
 def kinds_and_parts() -> list:

