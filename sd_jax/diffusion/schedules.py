@@ -20,8 +20,8 @@ clean picture. So there
     start = sqrt(1 + sigmas[0]^2),    sigmas[-1] = sigma_0,    end = 1 / sqrt(1 + sigmas[-1]^2)             (3)
 
 where `end` follows the same equation as ever, since 1 / sqrt(1 + 0) = 1. The spacing `leading` has this start whatever
-the sampler is: in diffusers all schedulers have it there, those of Euler and Heun too. The spacing `log_linear` stops at
-sigma_0, and end = 1 all the same.
+the sampler is: in diffusers all schedulers have it there, those of Euler and Heun too. The spacing `log_linear` stops
+at sigma_0, and end = 1 all the same.
 
 All is computed in float64 by numpy; diffusers and k-diffusion compute in float32 (measured: sigma_0 of Stable Diffusion
 differs by 1e-5 of itself, larger ones less).

@@ -80,7 +80,7 @@ def build_model(
     spec = _with_clip_skip(ModelSpec.from_dict(config.model.to_dict()) if config.model else loaded.spec, config)
     if isinstance(spec.unet, KUNetConfig):
         raise ValueError(
-            f"config.init={config.init!r} is the x2 latent upscaler, which no config.method trains: choose another"
+            f"config.method={config.method!r}: the x2 latent upscaler is not trained here, choose another model"
         )
     beside = {part: open_beside(part, path) for part, path in _paths_beside(config).items() if path}
     spec = dataclasses.replace(spec, **{part: opened.config for part, opened in beside.items()})

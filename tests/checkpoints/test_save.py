@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from sd_jax.checkpoints import CheckpointError, read, save_diffusers, save_single_file
+from sd_jax.checkpoints import CheckpointError, inspect, read, save_diffusers, save_single_file
 from sd_jax.checkpoints.load import load_checkpoint, open_checkpoint
 from sd_jax.checkpoints.save import save_checkpoint
 from sd_jax.checkpoints.tensors import dtype_of
@@ -67,7 +67,7 @@ def test_the_latent_upscaler_there_and_back(tmp_path, tokenizer):
     text = dataclasses.replace(X2_UPSCALER.text_encoder, context_norm=True)
     with pytest.raises(CheckpointError, match="the x2 latent upscaler's pipeline has \\(1, False\\)"):
         save_checkpoint(tmp_path / "b", dataclasses.replace(X2_UPSCALER, text_encoder=text), params, tokenizer)
-    assert describe(tmp_path / "diffusers")["family"] == "Stable Diffusion x2 latent upscaler"
+    assert inspect.inspect(tmp_path / "diffusers")["family"] == "Stable Diffusion x2 latent upscaler"
 
 
 def cast(params, dtype):

@@ -11,12 +11,13 @@ import pytest
 
 from sd_jax import media
 from sd_jax.diffusion import noise
-from sd_jax.models.presets import IdentityConfig
+from sd_jax.models.presets import IdentityConfig, KUNetConfig
 from sd_jax.sampling import canvas, denoising
 from sd_jax.sampling.command import Order, carry_out
 from sd_jax.sampling.pipeline import Pipeline
 from sd_jax.sampling.recipe import read_record
-from sd_jax.types import Recipe
+from sd_jax.types import NoiseScheduleConfig, Recipe
+from tests.sampling.conftest import random_params
 from tests.sampling.test_conditioning import family
 
 SMALL = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
@@ -32,6 +33,23 @@ def x4(tokenizer):
 def on_pixels(x4):
     unet = dataclasses.replace(x4.spec.unet, in_channels=6, out_channels=3)
     return Pipeline(dataclasses.replace(x4.spec, vae=IdentityConfig(16), unet=unet), x4.params, x4.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def x2(x4):
+    """Twice as large in latents, with its words and its autoencoder."""
+    spec = dataclasses.replace(
+        x4.spec,
+        unet=KUNetConfig(
+            block_out_channels=(32, 32),
+            layers_per_block=1,
+            attention_head_dim=16,
+            cross_attention_dim=16,
+            mapping_cond_dim=24,
+        ),
+        noise_schedule=NoiseScheduleConfig(prediction_type="edm"),
+    )
+    return Pipeline(spec, {**x4.params, "unet": random_params(spec)["unet"]}, x4.tokenizer)
 
 
 @pytest.fixture
@@ -251,3 +269,71 @@ def test_its_door_draws_again_what_was_enlarged(pipe, tmp_path):
     assert "Denoising strength: 0.35" in text and "Size: 16x16" in text and "Hires" not in text
     again, _ = carry_out(Order(recipe=str(made), out=tmp_path / "b"))
     np.testing.assert_array_equal(media.decode_image(again), wanted[0])
+
+
+# --- The x2 latent upscaler ------------------------------------------------------------------------------------------
+
+SMALL_LATENTS = np.random.default_rng(1).standard_normal((2, 3, 5, 4)).astype(np.float32)
+
+
+def twice(latents):
+    return np.asarray(latents).repeat(2, axis=1).repeat(2, axis=2)
+
+
+def test_latents_are_seen_twice_as_large(x2, standing):
+    made = x2.upscale(SMALL_LATENTS, ["a star", "a circle"], output="latents", **FEW)
+    walk = standing.pop()
+    assert made.shape == (2, 6, 10, 4) and walk.told.positive.class_labels is None
+    np.testing.assert_array_equal(walk.concat, twice(SMALL_LATENTS))
+    for half in (walk.told.positive, walk.told.negative):
+        assert walk.told.table.pooled[half.texts[:, 0]].shape == (2, 16)
+    for fields, pixels in (({}, SMALL), ({"width": 24, "height": 8}, canvas.resize(SMALL, 4, 12))):
+        x2.upscale(SMALL, "a star", output="latents", **FEW, **fields)
+        np.testing.assert_array_equal(standing.pop().concat, twice(x2.encode_image(pixels)))
+    again = x2.upscale(np.zeros((1, 14, 9, 3)), "a star", output="latents", **FEW)  # to what the U-Net takes
+    assert again.shape == (1, 6, 4, 4)
+
+
+def test_every_sampler_walks_to_what_the_latent_upscaler_means(x2):
+    """What is shown, told and drawn matters, and steps go to one picture."""
+    fields = {"seed": 1, "output": "latents", **FEW}
+    plain = x2.upscale(SMALL_LATENTS[:1], "a star", **fields)
+    for other in (
+        x2.upscale(SMALL_LATENTS[1:], "a star", **fields),
+        x2.upscale(SMALL_LATENTS[:1], "a red circle", **fields),
+        x2.upscale(SMALL_LATENTS[:1], "a star", **{**fields, "seed": 2}),
+    ):
+        assert np.isfinite(other).all() and np.abs(other - plain).max() > 1e-3
+    assert x2.finish(plain).shape == (1, 24, 40, 3)
+    assert x2.steps_of(Recipe("a star", **FEW), SMALL[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"noise_level": 0}, "image_noise= and noise_level=: this model sees the small picture as it is"),
+        ({"image": SMALL_LATENTS[:, :, :, :2]}, "image has the shape"),
+        ({"width": 32}, "width=, height=: of these latents it makes 40x24 pixels, leave them out"),
+        ({"batch_size": 3}, "image holds 2 pictures, the prompts ask for 3"),
+        ({"method": "redraw"}, "method='redraw' is for models that make pictures of prompts alone"),
+    ],
+)
+def test_what_the_latent_upscaler_does_not_do(x2, given, words):
+    with pytest.raises(ValueError, match=words):
+        x2.upscale(**{"image": SMALL_LATENTS, "prompt": "a star", **FEW, **given})
+
+
+def test_the_latent_upscaler_is_for_upscaling_alone(x2, tmp_path):
+    with pytest.raises(ValueError, match="takes 8 channels, not 4: it is for upscaling, use it to upscale"):
+        x2.text_to_image("a star", **FEW)
+    with pytest.raises(ValueError, match="adapters are not for the x2 latent upscaler"):
+        x2.with_adapter(tmp_path / "lora.safetensors")
+
+
+def test_the_door_of_the_latent_upscaler(x2, standing, tmp_path):
+    x2.save(tmp_path / "model", format="native")
+    media.write_png(tmp_path / "small.png", SMALL[0], {})
+    order = {"loading": {"checkpoint": str(tmp_path / "model")}, "image": str(tmp_path / "small.png")}
+    made, _ = carry_out(Order({"prompt": "a star", **FEW}, out=tmp_path / "out", **order))
+    recipe = read_record(made).recipe
+    assert (recipe.width, recipe.height, recipe.noise_level, recipe.strength) == (16, 16, None, None)

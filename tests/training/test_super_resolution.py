@@ -19,6 +19,7 @@ from sd_jax.training.loop import train
 from sd_jax.training.methods import METHODS
 from sd_jax.training.metrics import read_rows
 from tests.training import restated
+from tests.checkpoints.tiny import X2_UPSCALER
 
 METHOD = METHODS["super_resolution"]
 STEP_KEY = jax.random.fold_in(jax.random.key(0), 3)
@@ -136,6 +137,11 @@ def test_other_methods_do_not_train_an_upscaler(tmp_path):
     config.model, config.init = ConfigDict(PIXELS.to_dict()), ""
     with pytest.raises(ValueError, match="latents of 3 channels, and this U-Net reads 6 .for inpainting, depth or ups"):
         train(config, tmp_path)
+
+
+def test_the_latent_upscaler_is_not_trained(tmp_path):
+    with pytest.raises(ValueError, match="'super_resolution': the x2 latent upscaler is not trained here, choose"):
+        train(config_of(X2_UPSCALER), tmp_path)
 
 
 # --- A run -----------------------------------------------------------------------------------------------------------
