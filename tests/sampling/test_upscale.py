@@ -12,7 +12,7 @@ import pytest
 from sd_jax import media
 from sd_jax.diffusion import noise
 from sd_jax.models.presets import IdentityConfig, KUNetConfig
-from sd_jax.sampling import canvas, denoising
+from sd_jax.sampling import canvas, denoising, upscale
 from sd_jax.sampling.command import Order, carry_out
 from sd_jax.sampling.pipeline import Pipeline
 from sd_jax.sampling.recipe import read_record
@@ -287,15 +287,25 @@ def test_latents_are_seen_twice_as_large(x2, standing):
     np.testing.assert_array_equal(walk.concat, twice(SMALL_LATENTS))
     for half in (walk.told.positive, walk.told.negative):
         assert walk.told.table.pooled[half.texts[:, 0]].shape == (2, 16)
+
+
+def test_pictures_are_enlarged_as_latents(x2, standing, monkeypatch):
+    seen = []
+
+    def encode(pipe, pixels):
+        seen.append(pixels)
+        return pixels[:, ::4, ::4, :1].repeat(4, axis=-1).astype(np.float32)
+
+    monkeypatch.setattr(upscale, "encoded", encode)
     for fields, pixels in (({}, SMALL), ({"width": 24, "height": 8}, canvas.resize(SMALL, 4, 12))):
         x2.upscale(SMALL, "a star", output="latents", **FEW, **fields)
-        np.testing.assert_array_equal(standing.pop().concat, twice(x2.encode_image(pixels)))
-    again = x2.upscale(np.zeros((1, 14, 9, 3)), "a star", output="latents", **FEW)  # to what the U-Net takes
-    assert again.shape == (1, 6, 4, 4)
+        np.testing.assert_array_equal(seen.pop(), pixels)
+        np.testing.assert_array_equal(standing.pop().concat, twice(encode(x2, pixels)))
+    odd = x2.upscale(np.zeros((1, 14, 9, 3)), "a star", output="latents", **FEW)  # a size that its U-Net does not take
+    assert odd.shape == (1, 6, 4, 4) and seen[-1].shape == (1, 12, 8, 3)
 
 
-def test_every_sampler_walks_to_what_the_latent_upscaler_means(x2):
-    """What is shown, told and drawn matters, and steps go to one picture."""
+def test_what_the_latent_upscaler_is_shown_and_told_matters(x2):
     fields = {"seed": 1, "output": "latents", **FEW}
     plain = x2.upscale(SMALL_LATENTS[:1], "a star", **fields)
     for other in (
@@ -304,8 +314,11 @@ def test_every_sampler_walks_to_what_the_latent_upscaler_means(x2):
         x2.upscale(SMALL_LATENTS[:1], "a star", **{**fields, "seed": 2}),
     ):
         assert np.isfinite(other).all() and np.abs(other - plain).max() > 1e-3
-    assert x2.finish(plain).shape == (1, 24, 40, 3)
     assert x2.steps_of(Recipe("a star", **FEW), SMALL[0]) == 3
+
+
+def test_what_each_kind_of_model_takes_by_itself(pipe, x4, x2):
+    assert [upscale.defaults(each.spec) for each in (pipe, x4, x2)] == [{"strength": 0.35}, {"noise_level": 20}, {}]
 
 
 @pytest.mark.parametrize(
@@ -328,12 +341,3 @@ def test_the_latent_upscaler_is_for_upscaling_alone(x2, tmp_path):
         x2.text_to_image("a star", **FEW)
     with pytest.raises(ValueError, match="adapters are not for the x2 latent upscaler"):
         x2.with_adapter(tmp_path / "lora.safetensors")
-
-
-def test_the_door_of_the_latent_upscaler(x2, standing, tmp_path):
-    x2.save(tmp_path / "model", format="native")
-    media.write_png(tmp_path / "small.png", SMALL[0], {})
-    order = {"loading": {"checkpoint": str(tmp_path / "model")}, "image": str(tmp_path / "small.png")}
-    made, _ = carry_out(Order({"prompt": "a star", **FEW}, out=tmp_path / "out", **order))
-    recipe = read_record(made).recipe
-    assert (recipe.width, recipe.height, recipe.noise_level, recipe.strength) == (16, 16, None, None)

@@ -18,8 +18,8 @@ from sd_jax.sampling import denoising
 from sd_jax.training.loop import train
 from sd_jax.training.methods import METHODS
 from sd_jax.training.metrics import read_rows
-from tests.training import restated
 from tests.checkpoints.tiny import X2_UPSCALER
+from tests.training import restated
 
 METHOD = METHODS["super_resolution"]
 STEP_KEY = jax.random.fold_in(jax.random.key(0), 3)
