@@ -58,6 +58,7 @@ _X2_UNET = {
     "out_channels": 5,
     "attention_head_dim": 16,
     "cross_attention_dim": 48,
+    "cross_attention_norm": "layer_norm",
     "time_cond_proj_dim": 128 + 48,
     "time_embedding_type": "fourier",
     "timestep_post_act": "gelu",

@@ -109,6 +109,7 @@ def index_of(spec: ModelSpec) -> dict[str, Any]:
             "watermarker": _ABSENT,
         }
     if isinstance(unet, KUNetConfig):
+        del index["feature_extractor"]  # for which this pipeline has no place
         return index | {"_class_name": "StableDiffusionLatentUpscalePipeline"}
     if sees_depth:
         return index | {"_class_name": "StableDiffusionDepth2ImgPipeline", "depth_estimator": _ABSENT}
