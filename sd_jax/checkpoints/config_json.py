@@ -98,7 +98,8 @@ _UNET_PLAIN += ("addition_time_embed_dim", "projection_class_embeddings_input_di
 
 def unet_from_json(data: Mapping[str, Any], where: str) -> UNetConfig | KUNetConfig:
     """`where` names the file in messages. Raises CheckpointError on a feature that our U-Nets have not."""
-    if "KDownBlock2D" in (data.get("down_block_types") or ()):
+    kinds = data.get("down_block_types")
+    if isinstance(kinds, list | tuple) and "KDownBlock2D" in kinds:
         return _k_unet_from_json(data, where)
     values = values_of(data, "UNet2DConditionModel", _UNET_READ, _UNET_FIXED, where)
     attention_blocks = blocks(values, "down_block_types", _DOWN, where)
@@ -205,7 +206,8 @@ def _k_unet_from_json(data: Mapping[str, Any], where: str) -> KUNetConfig:
         mapping_cond_dim=condition or 0,
         **{key: one(values, key, where) for key in _K_PLAIN},
     )
-    if config.mapping_cond_dim <= config.cross_attention_dim or config.mapping_cond_dim % 2:
+    room = config.mapping_cond_dim - config.cross_attention_dim  # for the cosines and sines of the noise level
+    if room < 2 or room % 2:
         raise CheckpointError(f"{where}: time_cond_proj_dim={condition!r} leaves no room beside the pooled prompt")
     for width in widths:
         divide(width, 32, "the groups' size", where)
@@ -229,8 +231,8 @@ def _k_unet_to_json(config: KUNetConfig) -> dict[str, Any]:
 
 def _k_block_types(depth: int) -> dict[str, list[str]]:
     """All levels but the first attend."""
-    down, up = (["KDownBlock2D"] + ["KCrossAttnDownBlock2D"] * (depth - 1), ["KCrossAttnUpBlock2D"] * (depth - 1))
-    return {"down_block_types": down, "up_block_types": [*up, "KUpBlock2D"]}
+    down, up = ["KCrossAttnDownBlock2D"] * (depth - 1), ["KCrossAttnUpBlock2D"] * (depth - 1)
+    return {"down_block_types": ["KDownBlock2D", *down], "up_block_types": [*up, "KUpBlock2D"]}
 
 
 # VAE

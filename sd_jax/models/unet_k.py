@@ -11,7 +11,7 @@ import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from sd_jax.models.attention import attention
@@ -112,13 +112,11 @@ class AttentionBlock(nn.Module):
 
 
 def halve(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch half_h half_w channels"]:
-    """Half the size by the filter (1, 3, 3, 1) / 8 along both axes, the borders mirrored."""
+    """Half the size, an even one, by the filter (1, 3, 3, 1) / 8 along both axes; borders are mirrored."""
     for axis in (1, 2):
-        padded = _mirrored(x, axis)
-        taps = (_every_second(padded, tap, x.shape[axis] // 2, axis) for tap in range(4))
-        x = sum(
-            np.asarray(weight, x.dtype) * tap for weight, tap in zip((1 / 8, 3 / 8, 3 / 8, 1 / 8), taps, strict=True)
-        )
+        padded, size = _mirrored(x, axis), x.shape[axis]
+        taps = [lax.slice_in_dim(padded, tap, tap + size - 1, 2, axis) for tap in range(4)]
+        x = (taps[0] + 3 * (taps[1] + taps[2]) + taps[3]) / 8
     return x
 
 
@@ -126,20 +124,15 @@ def double(x: Float[Array, "batch height width channels"]) -> Float[Array, "batc
     """Twice the size by the same filter: 3/4 of a value and 1/4 of its neighbour on either side."""
     for axis in (1, 2):
         padded, size = _mirrored(x, axis), x.shape[axis]
-        near, neighbours = np.asarray(3 / 4, x.dtype) * x, np.asarray(1 / 4, x.dtype) * padded
-        before, after = (jnp.take(neighbours, np.arange(size) + shift, axis) for shift in (0, 2))
-        shape = [2 * side if i == axis else side for i, side in enumerate(x.shape)]
-        x = jnp.stack([near + before, near + after], axis + 1).reshape(shape)
+        neighbours = [lax.slice_in_dim(padded, side, side + size, 1, axis) for side in (0, 2)]
+        shape = [2 * length if i == axis else length for i, length in enumerate(x.shape)]
+        x = jnp.stack([(3 * x + neighbour) / 4 for neighbour in neighbours], axis + 1).reshape(shape)
     return x
 
 
 def _mirrored(x: Array, axis: int) -> Array:
     """With one value more at both ends of an axis."""
     return jnp.pad(x, [(1, 1) if i == axis else (0, 0) for i in range(x.ndim)], mode="reflect")
-
-
-def _every_second(x: Array, first: int, count: int, axis: int) -> Array:
-    return jnp.take(x, first + 2 * np.arange(count), axis)
 
 
 class FourierFeatures(nn.Module):
