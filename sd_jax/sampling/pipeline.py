@@ -198,7 +198,7 @@ class Pipeline:
     def predict(
         self,
         latents: Float[AnyArray, "batch h w seen"],  # and what such a U-Net sees beside them
-        timesteps: Float[AnyArray, " batch"],
+        timesteps: Float[AnyArray, " batch"],  # of the x2 latent upscaler: ln(sigma) / 4
         conditioning: Conditioning,
     ) -> Latents:
         """The raw output of the U-Net, NHWC, for latents as it sees them (scaled by 1 / sqrt(1 + sigma^2)).
