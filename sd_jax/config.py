@@ -10,6 +10,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 ADVERSARIAL = ("autoencoder", "esrgan")  # methods that a discriminator may play with
+INPAINT = "inpaint"  # in place of a column of hints: they are made of the pictures
 CONTROLS = ("controlnet", "t2i_adapter")  # methods that learn to steer a model by pictures
 # Methods that leave the model as it is
 ADAPTING = ("lora", "lcm_lora", "textual_inversion", "hypernetwork", "ip_adapter", *CONTROLS)
@@ -48,7 +49,7 @@ def training_defaults(method: str) -> ConfigDict:
 
     `config.diffusion` exists for methods that train on noised latents, `config.autoencoder` for the autoencoder,
     `config.super_resolution` for the method that makes pictures larger, `config.esrgan` for the one that does it in one
-    step.
+    step, `config.inpainting` for those that draw masks.
     """
     config = ConfigDict()
     config.method = method  # a row of sd_jax/training/methods.py
@@ -160,7 +161,7 @@ def training_defaults(method: str) -> ConfigDict:
         config.init_clip = ""  # any path that load_clip takes, or a run of method "clip"
         config.data.rating_key = "rating"  # the column of the ratings, which are numbers
         config.aesthetic = ConfigDict({"loss": "ratings"})  # or "pairs": which of two is rated higher
-    elif method in ("full", "dreambooth", "super_resolution", *ADAPTING):
+    elif method in ("full", "dreambooth", "inpainting", "super_resolution", *ADAPTING):
         config.diffusion = ConfigDict()
         config.diffusion.train_text_encoder = method not in ADAPTING
         config.diffusion.text_chunks = 1  # of 75 tokens: 3 = captions of up to 225
@@ -183,7 +184,7 @@ def training_defaults(method: str) -> ConfigDict:
         config.samples.schedule = "normal"
         config.samples.steps = 20
         config.samples.guidance_scale = 5.0
-    if "diffusion" in config and method != "super_resolution":
+    if "diffusion" in config and method not in ("inpainting", "super_resolution"):
         config.prior = ConfigDict()  # other pictures, mixed in so that what the model knew is kept
         config.prior.path = ""  # where they are, as data.path has it
         config.prior.prompt = ""  # the caption of those that have none; without a path the model makes them of this
@@ -228,16 +229,28 @@ def training_defaults(method: str) -> ConfigDict:
         config.diffusion.caption_dropout = 0.1
     if method in CONTROLS:
         config.control = ConfigDict({"format": "diffusers"})  # of what the run leaves; or "single_file"
-        config.control.hint_key = "conditioning_image"  # the column of hints; in a folder they lie in hints/
+        config.control.hint_key = "conditioning_image"  # the column of hints; in a folder they lie in hints/.
+        # "inpaint" = there are none: a ControlNet sees the pictures themselves, hidden by masks
     if method == "t2i_adapter":
         config.control.light = False  # a small one: bottlenecks of a quarter of the width
         config.control.num_res_blocks = 2  # at each size; 4 in the published light ones
     if method in ADAPTING:
         config.ema_decays = (0.0,)  # the last weights
+    if method in ("inpainting", "controlnet"):
+        config.inpainting = ConfigDict({"rectangles": 1.0})  # masks, by kind: how often, relative to the others
+        config.inpainting.strokes = 2.0
+        config.inpainting.whole = 1.0  # all is hidden
+        config.inpainting.side = 0.6  # of rectangles, in the picture's, at most
+        config.inpainting.thickness = 0.25  # of strokes, in the picture's shorter side, at most
     if method == "super_resolution":
         config.super_resolution = ConfigDict({"factor": 4})  # the small picture is so much smaller,
         config.super_resolution.max_noise_level = 350  # and noised at a level below this, of 1000
     return config.lock()
+
+
+def reads_hints(config: ConfigDict) -> bool:
+    """Whether the data has the pictures that a control is trained to follow."""
+    return "control" in config and config.control.hint_key != INPAINT
 
 
 def pretraining_defaults() -> ConfigDict:

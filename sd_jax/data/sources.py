@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Int64
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from sd_jax.config import reads_hints
 from sd_jax.data import DataError, buckets, fingerprints, folder, hub, tars
 from sd_jax.data.shapes import ShapesWorld
 from sd_jax.data.shapes_maps import MAPS, draw_map
@@ -74,7 +75,7 @@ def open_source(config: Config) -> Source:
         raise DataError("data.path is empty: give a folder of pictures, a data set's name, or 'shapes'")
     path = pathlib.Path(name).expanduser()
     files = folder.pictures_in(path) if name != "shapes" and path.is_dir() else []
-    masked, hinted = "diffusion" in config and config.diffusion.masked_loss, "control" in config
+    masked, hinted = "diffusion" in config and config.diffusion.masked_loss, reads_hints(config)
     if masked and not files:
         raise DataError(
             f"config.diffusion.masked_loss: data.path={name!r} is no folder of pictures, and has no masks: set it to "
@@ -134,7 +135,7 @@ class ShapesSource:
             two_objects=float(data.two_objects),
             aspects=tuple(float(aspect) for aspect in data.aspects),
         )
-        self._map = config.control.hint_key if "control" in config else ""
+        self._map = config.control.hint_key if reads_hints(config) else ""
         if self._map and self._map not in MAPS:
             raise DataError(
                 f"config.control.hint_key={self._map!r}: shapes world has {', '.join(MAPS)}; a folder has hints/"

@@ -1,4 +1,5 @@
-"""Keeping a part of the picture: a denoiser that redraws only what is within a mask.
+"""Keeping a part of the picture: a denoiser that redraws only what is within a mask, and what models that were trained
+to inpaint are shown of the rest.
 
 Outside the mask the clean latents x0 are known, and so are the noisy ones: at noise level sigma they are
 
@@ -19,6 +20,25 @@ from jaxtyping import Array, Float
 
 from sd_jax.diffusion.denoiser import Denoise
 from sd_jax.diffusion.predictions import along_batch
+from sd_jax.types import AnyArray, Image
+
+
+def without_masked(image: Image, mask: Float[AnyArray, "batch_or_1 height width 1"]) -> Image:
+    """What a model that was trained to inpaint sees of a picture: grey (0) where it is redrawn (1)."""
+    return jnp.asarray(image) * (1 - jnp.asarray(mask))
+
+
+def beside_latents(
+    mask: Float[AnyArray, "batch_or_1 height width 1"],  # 1 = redrawn
+    kept: Float[Array, "batch h w channels"],  # latents of `without_masked`
+) -> Float[Array, "batch h w channels_plus_1"]:
+    """What such a model reads beside noised latents: the mask at each latent's first pixel, then `kept`.
+
+    So it is in diffusers and in the models of Stable Diffusion.
+    """
+    factor = mask.shape[1] // kept.shape[1]
+    seen = jnp.asarray(mask)[:, ::factor, ::factor].astype(kept.dtype)
+    return jnp.concatenate([jnp.broadcast_to(seen, (*kept.shape[:3], 1)), kept], axis=-1)
 
 
 def within_mask(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 import numpy as np
 
+from sd_jax.diffusion.inpainting import beside_latents, without_masked
 from sd_jax.models.vae import to_image
 from sd_jax.sampling import canvas
 from sd_jax.sampling.denoising import Start, denoise
@@ -79,11 +80,8 @@ def _start(pipe, recipe, pixels, mask) -> Start:
     factor = pipe.spec.vae.downscale
     small_mask, concat = jnp.asarray(canvas.latent_mask(mask, factor)), None
     if pipe.spec.unet.in_channels == 2 * pipe.spec.vae.latent_channels + 1:
-        # As diffusers has it: the mask at each latent's first pixel, then the picture with the masked part grey (0)
         redrawn = (mask >= 0.5).astype(np.float32)
-        kept = pipe.encode_image(image * (1 - redrawn))
-        seen = jnp.asarray(redrawn[:, ::factor, ::factor])
-        concat = jnp.concatenate([jnp.broadcast_to(seen, (*kept.shape[:3], 1)), kept], axis=-1)
+        concat = beside_latents(redrawn, pipe.encode_image(without_masked(image, redrawn)))
         small_mask = None
     strength = STRENGTH if recipe.strength is None else recipe.strength
     from_noise = strength >= 1 and recipe.strength_steps == "diffusers"  # the others add noise to the picture

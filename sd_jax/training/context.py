@@ -10,7 +10,7 @@ from sd_jax.models.networks import Networks
 
 # The numbers of an example's draws: each use of randomness has its own, and keeps it, so that runs can be repeated
 TIMESTEP, NOISE, POSTERIOR, DROPOUT, OFFSET, PYRAMID, PERTURBATION, LEVEL = range(8)
-SMALL_PICTURE, GUIDANCE, ADAPTER = range(8, 11)
+SMALL_PICTURE, GUIDANCE, ADAPTER, MASK = range(8, 12)
 
 Keys = Key[Array, " batch"]  # of the examples of a step
 

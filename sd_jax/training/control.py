@@ -5,6 +5,9 @@ Each picture has its hint: in a folder, a picture of its name in hints/ beside i
 sd_jax.preprocessors` makes of many kinds; in a data set, the column `config.control.hint_key`. A ControlNet begins as a
 copy of the model's first half, of which nothing reaches the model yet. The run leaves the folder control/ in its
 workdir, or control.safetensors, which `sd_jax.load_control` opens.
+
+`config.control.hint_key="inpaint"` trains a ControlNet to redraw: its hint is the picture itself, -1 where a random mask
+hides it (`config.inpainting`), as that of control_v11p_sd15_inpaint.
 """
 
 import dataclasses
@@ -22,12 +25,14 @@ from sd_jax.adapters import controlnet, t2i_adapter
 from sd_jax.adapters.controlnet import EMBEDDING, ControlNet, ControlNetConfig, HintEmbedding
 from sd_jax.adapters.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from sd_jax.checkpoints import control as files
+from sd_jax.config import INPAINT, reads_hints
 from sd_jax.models.networks import Networks
 from sd_jax.models.presets import ModelSpec, UNetConfig
 from sd_jax.sampling.control import ControlModel
 from sd_jax.training import full
 from sd_jax.training.adapting import as_it_is, method_of
 from sd_jax.training.context import Context, Keys
+from sd_jax.training.inpainting import check_masks, masks_of
 from sd_jax.training.method import Adapting, Batch
 from sd_jax.types import Conditioning, Params
 
@@ -65,15 +70,23 @@ def model_of(config: ConfigDict, spec: ModelSpec, trained: Params) -> ControlMod
     return ControlModel(config_of(config, spec), trained, config.dtype)
 
 
+def hints_of(config: ConfigDict, batch: Batch, keys: Keys) -> jax.Array:
+    """float32 [batch, height, width, 3] in [0, 1], those of the data; or the pictures, -1 where masks hide them."""
+    if reads_hints(config):
+        return jnp.asarray(batch["hint"]).astype(jnp.float32) / 255
+    masks = masks_of(config, batch["pixels"], keys)
+    return jnp.where(masks == 1, -1.0, jnp.asarray(batch["pixels"]).astype(jnp.float32) / 255)
+
+
 class _Steered:
-    """A U-Net that a control steers, by the hints of a batch: as much of linen's interface as losses use."""
+    """A U-Net that a control steers, by a batch's "hint" of `hints_of`: as much of linen's interface as losses use."""
 
     def __init__(self, unet: nn.Module, config: files.Config, params: Params, batch: Batch):
         self._unet, self._config, self._params, self._batch = unet, config, params, batch
 
     def apply(self, variables: Mapping[str, Params], latents, timesteps, conditioning: Conditioning):
         config, params, dtype = self._config, self._params, self._unet.dtype
-        hint = jnp.asarray(self._batch["hint"]).astype(jnp.float32) / 255
+        hint = self._batch["hint"]
         if isinstance(config, T2IAdapterConfig):
             control = T2IAdapter(config, dtype).apply({"params": params}, hint)
         else:
@@ -109,16 +122,28 @@ def _check(config: ConfigDict, spec: ModelSpec) -> None:
         raise ValueError(f"config.control.format={config.control.format!r}: use diffusers or single_file")
     if config.control.format == "single_file" and spec.unet.addition_embed_type == "text":
         raise ValueError("config.control.format='single_file' has no place for this model's text: use diffusers")
+    if not reads_hints(config):
+        if config.method != "controlnet":
+            raise ValueError(f"config.control.hint_key={INPAINT!r} is for config.method='controlnet' alone")
+        check_masks(config)
     if config.data.cache_latents:
         raise ValueError("config.data.cache_latents: hints are cut as pixels are, which are not kept: set it to False")
-    if config.prior.path or config.prior.prompt:
+    if reads_hints(config) and (config.prior.path or config.prior.prompt):
         raise ValueError(f"config.prior: those pictures have no hints, which {config.method!r} needs: leave it out")
     factor = made.downscale_factor if isinstance(made, T2IAdapterConfig) else made.downscale
     if config.data.resolution % factor:
         raise ValueError(f"config.data.resolution={config.data.resolution}: give a multiple of {factor}")
 
 
+def _hinted(function):
+    def of(context: Context, params: Params, batch: Batch, keys: Keys):
+        return function(context, params, {**batch, "hint": hints_of(context.config, batch, keys)}, keys)
+
+    return of
+
+
 # Of both; nothing is put on a pipeline, whose jobs are given hints
-CONTROL = method_of(
+_METHOD = method_of(
     Adapting(prepare=as_it_is, init=_init, wear=_wear, put_on=lambda config, pipe, trained: pipe, save=_save), _check
 )
+CONTROL = _METHOD._replace(loss=_hinted(_METHOD.loss), held_out=_hinted(_METHOD.held_out))

@@ -41,10 +41,10 @@ class Beside(NamedTuple):
     """What a U-Net reads besides noised latents and text."""
 
     channels: Float[Array, "batch h w extra"]
-    class_labels: Int[Array, " batch"]
+    class_labels: Int[Array, " batch"] | None = None
 
 
-Show = Callable[[Context, Batch, Keys, tuple[int, int]], Beside]  # of a batch; the latents' height and width
+Show = Callable[[Context, Params, Batch, Keys, tuple[int, int]], Beside]  # of a batch; the latents' height and width
 
 
 def _errors(show: Show | None, context: Context, params: Params, batch: Batch, keys: Keys, batch_size: int) -> Errors:
@@ -63,7 +63,7 @@ def _errors(show: Show | None, context: Context, params: Params, batch: Batch, k
     gamma = cfg.input_perturbation
     input_noise = training_noise.perturbed(n, keys, PERTURBATION, gamma) if gamma else None
     told = conditioning.conditioning(context, params, batch, keys)
-    beside = None if show is None else show(context, batch, keys, latents.shape[1:3])
+    beside = None if show is None else show(context, params, batch, keys, latents.shape[1:3])
     if beside is not None:
         told = told.replace(class_labels=beside.class_labels)
 

@@ -53,7 +53,9 @@ class Method(NamedTuple):
     # What is measured of held-out images, of which "loss" is the one that tells the best checkpoint. The batch is the
     # global one, its slots 0, 1, 2, ...
     held_out: Callable[[Context, Params, Batch, Keys], Sums]
-    beside_latents: int = 0  # channels that the U-Net reads besides
+    beside_latents: Callable[[ModelSpec], int] = lambda spec: 0  # channels that the U-Net reads besides
+    # (spec, parts) of the checkpoint that it starts from -> as this method goes on with them
+    begin: Callable[[ModelSpec, Params], tuple[ModelSpec, Params]] = lambda spec, params: (spec, params)
     adapting: Adapting | None = None  # checkpoints then hold the adapter alone
     # After the last step: (context, whole model, held-out batches on the model's devices) -> networks, with what could
     # only be measured now

@@ -13,6 +13,7 @@ from sd_jax.training.esrgan import ESRGAN
 from sd_jax.training.features import FEATURES
 from sd_jax.training.full import FULL
 from sd_jax.training.hypernetwork import HYPERNETWORK
+from sd_jax.training.inpainting import INPAINTING
 from sd_jax.training.ip_adapter import IP_ADAPTER
 from sd_jax.training.method import Method
 from sd_jax.training.super_resolution import SUPER_RESOLUTION
@@ -30,6 +31,7 @@ METHODS = {
     "t2i_adapter": CONTROL,
     "autoencoder": AUTOENCODER,
     "esrgan": ESRGAN,
+    "inpainting": INPAINTING,
     "super_resolution": SUPER_RESOLUTION,
     "clip": CLIP,
     "features": FEATURES,

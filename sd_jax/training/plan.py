@@ -204,8 +204,10 @@ def _spec(config: ConfigDict) -> ModelSpec:
     if not config.init:
         raise ValueError("config.model and config.init are both empty: name a checkpoint or describe a model")
     if config.init in FAMILIES and not os.path.exists(config.init):
-        return FAMILIES[config.init]
-    return open_checkpoint(config.init, prediction_type=config.prediction_type or None).spec
+        spec = FAMILIES[config.init]
+    else:
+        spec = open_checkpoint(config.init, prediction_type=config.prediction_type or None).spec
+    return method_of(config).begin(spec, {})[0]
 
 
 def _devices(topology: Topology) -> list:

@@ -7,9 +7,10 @@ from ml_collections import ConfigDict
 
 from sd_jax import media
 from sd_jax.diffusion.low_resolution import make_small
+from sd_jax.diffusion.noise import image_keys
 from sd_jax.models.vae import to_image, to_pixels
 from sd_jax.sampling.pipeline import Pipeline
-from sd_jax.training import control
+from sd_jax.training import control, inpainting
 from sd_jax.training.methods import method_of
 from sd_jax.training.start import Model
 from sd_jax.types import Conditioning, Params, Pixels
@@ -23,9 +24,10 @@ SHOWN = 12  # pictures that are shown again
 
 def draw(config: ConfigDict, model: Model, params: Params, batch: dict[str, np.ndarray]) -> np.ndarray:
     """A sheet, uint8 [height, width, 3]. An autoencoder shows pictures of `batch` and, below, what it makes of them; a
-    model that enlarges shows them made small, what it makes of those, and them; a control its hints, what it makes of
-    them with the same captions, and the pictures that they are of; an IP-Adapter pictures, and below what it makes of
-    them and of `samples.prompts`."""
+    model that enlarges shows them made small, what it makes of those, and them; one that inpaints them with a part hidden,
+    and what it makes of those and of `samples.prompts`; a control its hints, what it makes of them with the same
+    captions, and the pictures that they are of; an IP-Adapter pictures, and below what it makes of them and of
+    `samples.prompts`."""
     params = dict(params)
     if config.method == "esrgan":
         larger = Upscaler(model.networks.spec.upscaler, params["upscaler"], config.dtype)
@@ -47,12 +49,16 @@ def draw(config: ConfigDict, model: Model, params: Params, batch: dict[str, np.n
         "seed": SEED,
     }
     if adapter is not None and "control" in config:
-        return _steered(pipe, control.model_of(config, model.networks.spec, adapter), batch, fields)
+        batch = {name: values[:SHOWN] for name, values in batch.items()}
+        hints = np.asarray(control.hints_of(config, batch, image_keys(SEED, len(batch["pixels"]))))
+        return _steered(pipe, control.model_of(config, model.networks.spec, adapter), hints, batch, fields)
     if config.method == "super_resolution":
         told = _told(pipe, batch)
         size = {"height": batch["pixels"].shape[1], "width": batch["pixels"].shape[2]}
         enlarge = lambda small: pipe.upscale(small, conditioning=told, **size, **fields)  # noqa: E731
         return _enlarged(enlarge, config.super_resolution.factor, batch["pixels"][:SHOWN])
+    if config.method == "inpainting":
+        return _redrawn(config, pipe, recipe.prompts, batch, fields)
     if config.method == "ip_adapter":
         return _shown(pipe, recipe.prompts, batch, fields)
     size = config.data.resolution
@@ -67,11 +73,20 @@ def _told(pipe: Pipeline, batch: dict[str, np.ndarray]) -> Conditioning:
     return Conditioning(**{name: batch[name][:SHOWN] for name in ("context", "pooled") if name in batch})
 
 
-def _steered(pipe, steering, batch, fields) -> np.ndarray:
-    hints, real = batch["hint"][:SHOWN], batch["pixels"][:SHOWN]
+def _redrawn(config, pipe, prompts, batch, fields) -> np.ndarray:
+    shown = batch["pixels"][np.arange(len(prompts)) % len(batch["pixels"])]
+    masks = np.asarray(inpainting.masks_of(config, shown, image_keys(SEED, len(shown))))
+    made = pipe.inpaint(list(prompts), image=shown, mask=masks[..., 0], **fields)
+    hidden = np.where(masks == 1, np.uint8(128), shown)
+    return media.contact_sheet(np.concatenate([hidden, made]), columns=len(shown))
+
+
+def _steered(pipe, steering, hints, batch, fields) -> np.ndarray:
+    real = batch["pixels"]
     size = {"height": real.shape[1], "width": real.shape[2]}
     made = pipe.text_to_image(control=steering.hint(hints), conditioning=_told(pipe, batch), **size, **fields)
-    return media.contact_sheet(np.concatenate([hints, made, real]), columns=len(real))
+    seen = np.where(hints < 0, np.uint8(128), np.rint(255 * hints).astype(np.uint8))
+    return media.contact_sheet(np.concatenate([seen, made, real]), columns=len(real))
 
 
 def _shown(pipe, prompts, batch, fields) -> np.ndarray:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sd_jax import flops
+from sd_jax.config import reads_hints
 from sd_jax.data import mixed
 from sd_jax.diffusion import noise
 from sd_jax.models.networks import Networks
@@ -145,7 +146,7 @@ def batch_shapes(config: ConfigDict, method: Method, networks: Networks, size: t
         shapes["pixels"] = shape(height, width, 3, dtype=np.uint8)
     if "diffusion" in config and config.diffusion.masked_loss:
         shapes["mask"] = shape(h, w, dtype=np.uint8)
-    if "control" in config:
+    if reads_hints(config):
         shapes["hint"] = shape(height, width, 3, dtype=np.uint8)
     if mixed.mixes(config):
         shapes["loss_weight"] = shape(dtype=np.float32)

@@ -73,8 +73,11 @@ def build_model(
     # In float32 whatever the file has: an average and small updates do not fit into half precision
     said = {"prediction_type": config.prediction_type or None}
     loaded = open_checkpoint(config.init, weights="ema", dtype="float32", **said) if config.init else None
-    for note in () if loaded is None else loaded.notes:
-        logger.info("%s: %s", config.init, note)
+    if loaded is not None:
+        for note in loaded.notes:
+            logger.info("%s: %s", config.init, note)
+        begun, parts = method.begin(loaded.spec, loaded.params)
+        loaded = dataclasses.replace(loaded, spec=begun, params=parts)
     if loaded is None and not config.model:
         raise ValueError("config.model and config.init are both empty: name a checkpoint or describe a model")
     spec = _with_clip_skip(ModelSpec.from_dict(config.model.to_dict()) if config.model else loaded.spec, config)
@@ -102,7 +105,7 @@ def build_model(
     lacking = sorted(set(parts) - {*params, "adapter"})
     if not config.model and lacking:
         raise ValueError(f"config.init={config.init!r} has no {lacking[0]}, and config.model is empty")
-    if "unet" in parts and spec.unet.in_channels != spec.vae.latent_channels + method.beside_latents:
+    if "unet" in parts and spec.unet.in_channels != spec.vae.latent_channels + method.beside_latents(spec):
         raise ValueError(
             f"config.method={config.method!r} trains on latents of {spec.vae.latent_channels} channels, and this U-Net "
             f"reads {spec.unet.in_channels} (for inpainting, depth or upscaling): choose another checkpoint"

@@ -15,11 +15,12 @@ from sd_jax.training import full
 from sd_jax.training.context import LEVEL, SMALL_PICTURE, Context, Keys
 from sd_jax.training.full import Beside
 from sd_jax.training.method import Batch
+from sd_jax.types import Params
 
 CHANNELS = 3  # of the small picture
 
 
-def _show(context: Context, batch: Batch, keys: Keys, size: tuple[int, int]) -> Beside:
+def _show(context: Context, params: Params, batch: Batch, keys: Keys, size: tuple[int, int]) -> Beside:
     """The noised small picture in the latents' size (height, width), and its level."""
     cfg = context.config.super_resolution
     small = low_resolution.make_small(to_image(batch["pixels"]), cfg.factor)
@@ -64,4 +65,4 @@ def _check(config: ConfigDict, spec: ModelSpec) -> None:
     full.check(config, spec)
 
 
-SUPER_RESOLUTION = full.denoising(_show, check=_check, beside_latents=CHANNELS)
+SUPER_RESOLUTION = full.denoising(_show, check=_check, beside_latents=lambda spec: CHANNELS)
