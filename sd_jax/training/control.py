@@ -6,8 +6,8 @@ sd_jax.preprocessors` makes of many kinds; in a data set, the column `config.con
 copy of the model's first half, of which nothing reaches the model yet. The run leaves the folder control/ in its
 workdir, or control.safetensors, which `sd_jax.load_control` opens.
 
-`config.control.hint_key="inpaint"` trains a ControlNet to redraw: its hint is the picture itself, -1 where a random mask
-hides it (`config.inpainting`), as that of control_v11p_sd15_inpaint.
+`config.control.hint_key="inpaint"` trains a ControlNet to redraw: its hint is the picture itself, -1 where a random
+mask hides it (`config.inpainting`), as that of control_v11p_sd15_inpaint.
 """
 
 import dataclasses

@@ -48,7 +48,7 @@ def _channels(spec: ModelSpec) -> int:
 
 
 def _begin(spec: ModelSpec, params: Params) -> tuple[ModelSpec, Params]:
-    """Of a model that reads latents alone, one that reads the mask and the masked picture too, and heeds neither yet."""
+    """Of a model that reads latents alone, one that reads mask and masked picture too, and heeds neither yet."""
     if spec.unet.in_channels != spec.vae.latent_channels:
         return spec, params
     extra = _channels(spec)
@@ -64,8 +64,8 @@ def _check(config: ConfigDict, spec: ModelSpec) -> None:
     found, latent = spec.unet.in_channels, spec.vae.latent_channels
     if found != latent + _channels(spec):
         raise ValueError(
-            f"config.model.unet.in_channels={found}: config.method='inpainting' needs {latent + _channels(spec)}, the "
-            f"latents' {latent}, a mask, and the masked picture's {latent}; it starts from a model of those or of {latent}"
+            f"config.model.unet.in_channels={found}: config.method='inpainting' needs {latent + _channels(spec)}: the "
+            f"latents' {latent}, a mask, and the masked picture's {latent}; a model of {latent} is widened"
         )
     check_masks(config)
     full.check(config, spec)

@@ -24,9 +24,9 @@ SHOWN = 12  # pictures that are shown again
 
 def draw(config: ConfigDict, model: Model, params: Params, batch: dict[str, np.ndarray]) -> np.ndarray:
     """A sheet, uint8 [height, width, 3]. An autoencoder shows pictures of `batch` and, below, what it makes of them; a
-    model that enlarges shows them made small, what it makes of those, and them; one that inpaints them with a part hidden,
-    and what it makes of those and of `samples.prompts`; a control its hints, what it makes of them with the same
-    captions, and the pictures that they are of; an IP-Adapter pictures, and below what it makes of them and of
+    model that enlarges shows them made small, what it makes of those, and them; one that inpaints shows them with a
+    part hidden, and what it makes of those and of `samples.prompts`; a control its hints, what it makes of them with
+    the same captions, and the pictures that they are of; an IP-Adapter pictures, and below what it makes of them and of
     `samples.prompts`."""
     params = dict(params)
     if config.method == "esrgan":
