@@ -192,6 +192,9 @@ def training_defaults(method: str) -> ConfigDict:
         config.prior.count = 200  # that are made
         config.prior.share = 0.5  # of every batch
         config.prior.weight = 1.0  # of their loss, relative to the others'
+    if method == "full":
+        config.init_clip = ""  # any path that load_clip takes, or a folder image_encoder: the U-Net is told the picture
+        # through it in place of the caption; empty = that of `init`, or captions
     if method in ("lora", "lcm_lora"):
         config.adapter = ConfigDict({"algorithm": "lora"})  # or "loha", "lokr": adapters/deltas.py has them all
         config.adapter.rank = 8

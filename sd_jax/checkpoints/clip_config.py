@@ -75,7 +75,7 @@ def from_transformers(data: Mapping[str, Any], pixels: Mapping[str, Any] | None,
         vision_config=_sound(CLIPVisionConfig(**vision), file),
         projection_dim=read_keys(data, {"projection_dim": 512}, file)["projection_dim"],
     )
-    return config if pixels is None else _with_pixels(config, pixels, f"{where}/preprocessor_config.json")
+    return config if pixels is None else with_pixels(config, pixels, f"{where}/preprocessor_config.json")
 
 
 def vision_from_transformers(data: Mapping[str, Any], pixels: Mapping[str, Any] | None, where: str) -> CLIPConfig:
@@ -84,10 +84,11 @@ def vision_from_transformers(data: Mapping[str, Any], pixels: Mapping[str, Any] 
     vision = _sound(CLIPVisionConfig(**read_keys(data, _VISION_READ, file)), file)
     projection_dim = read_keys(data, {"projection_dim": 512}, file)["projection_dim"]
     config = CLIPConfig(vision_config=vision, projection_dim=projection_dim)
-    return config if pixels is None else _with_pixels(config, pixels, f"{where}/preprocessor_config.json")
+    return config if pixels is None else with_pixels(config, pixels, f"{where}/preprocessor_config.json")
 
 
-def _with_pixels(config: CLIPConfig, data: Mapping[str, Any], file: str) -> CLIPConfig:
+def with_pixels(config: CLIPConfig, data: Mapping[str, Any], file: str) -> CLIPConfig:
+    """That normalises pictures as a preprocessor_config.json says. Raises CheckpointError for one of another kind."""
     for key, value in _PIXELS_FIXED.items():
         if data.get(key, value) != value:
             raise CheckpointError(f"{file}: {key}={data[key]!r} is not supported: only {value!r} is")
@@ -100,8 +101,7 @@ def _with_pixels(config: CLIPConfig, data: Mapping[str, Any], file: str) -> CLIP
 
 def to_transformers(config: CLIPConfig, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json and preprocessor_config.json."""
-    text, vision = config.text_config, config.vision_config
-    side = vision.image_size
+    text, side = config.text_config, config.vision_config.image_size
     whole = in_order(
         {},
         architectures=["CLIPModel"],
@@ -110,15 +110,7 @@ def to_transformers(config: CLIPConfig, dtype: str) -> tuple[dict[str, Any], dic
         logit_scale_init_value=INITIAL_LOGIT_SCALE,
         initializer_factor=1.0,
         text_config=config_json.text_encoder_to_json(text, text.eos_token_id - 1, dtype),
-        vision_config=in_order(
-            {key: getattr(vision, key) for key in _VISION_READ},
-            model_type="clip_vision_model",
-            num_channels=3,
-            attention_dropout=0.0,
-            initializer_factor=1.0,
-            initializer_range=0.02,
-            projection_dim=config.projection_dim,
-        ),
+        vision_config=_vision_config(config),
         torch_dtype=dtype,
         transformers_version=config_json.TRANSFORMERS_VERSION,
     )
@@ -133,6 +125,26 @@ def to_transformers(config: CLIPConfig, dtype: str) -> tuple[dict[str, Any], dic
         size={"shortest_edge": side},
     )
     return whole, pixels
+
+
+def vision_to_transformers(config: CLIPConfig, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same of the vision tower alone."""
+    _, pixels = to_transformers(config, dtype)
+    version = config_json.TRANSFORMERS_VERSION
+    said = {"architectures": ["CLIPVisionModelWithProjection"], "torch_dtype": dtype, "transformers_version": version}
+    return in_order(_vision_config(config), **said), pixels
+
+
+def _vision_config(config: CLIPConfig) -> dict[str, Any]:
+    return in_order(
+        {key: getattr(config.vision_config, key) for key in _VISION_READ},
+        model_type="clip_vision_model",
+        num_channels=3,
+        attention_dropout=0.0,
+        initializer_factor=1.0,
+        initializer_range=0.02,
+        projection_dim=config.projection_dim,
+    )
 
 
 # OpenCLIP

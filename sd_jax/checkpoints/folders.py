@@ -3,6 +3,7 @@
 model_index.json                     the pipeline's class and the classes of its parts
 unet/ vae/ text_encoder/ text_encoder_2/    config.json; weights, whole or in shards, in one variant or more
 tokenizer/ tokenizer_2/ scheduler/
+image_encoder/ feature_extractor/           of models that are told pictures in place of text; of others they are left
 """
 
 import dataclasses
@@ -11,17 +12,18 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from sd_jax.checkpoints import components, config_json, keys_diffusers, layout, tokenizer_files
+from sd_jax.checkpoints import clip_config, components, config_json, keys_clip, keys_diffusers, layout, tokenizer_files
 from sd_jax.checkpoints.errors import CheckpointError, listing
 from sd_jax.checkpoints.files import open_any
 from sd_jax.checkpoints.layout import Config
 from sd_jax.checkpoints.tensors import Tensor
-from sd_jax.models.presets import PARTS, KUNetConfig, ModelSpec
+from sd_jax.models.presets import PARTS, CLIPConfig, KUNetConfig, ModelSpec
 from sd_jax.types import NoiseScheduleConfig
 
 # What a pipeline may name besides the parts: it changes nothing of what the networks compute, or it is another's job
 _BESIDE = ("tokenizer", "tokenizer_2", "scheduler", "low_res_scheduler", "safety_checker", "feature_extractor")
 _BESIDE += ("watermarker", "depth_estimator", "image_encoder")
+IMAGE_VARIATION = "StableDiffusionImageVariationPipeline"
 _STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 _TEXT_STEMS = {"safetensors": "model", "bin": "pytorch_model"}
 _VARIANTS = {
@@ -68,6 +70,9 @@ def open_folder(path: Path, weights: str, without: Collection[str] = ()) -> Fold
         schedule, reason = dataclasses.replace(schedule, prediction_type="edm"), "the x2 latent upscaler's"
         text_encoder = dataclasses.replace(spec.text_encoder, context_norm=False)
         spec = dataclasses.replace(spec, noise_schedule=schedule, text_encoder=text_encoder)
+    if said.get("_class_name") == IMAGE_VARIATION and "image_encoder" not in without:
+        config, parts["image_encoder"] = open_image_encoder(path, weights)
+        spec = spec.told_pictures(config)
     return Folder(spec, parts, _tokenizers(path, spec), reason)
 
 
@@ -85,6 +90,19 @@ def open_component(folder: Path, part: str, weights: str, in_sdxl: bool = False)
     if part not in _STEMS:
         tensors = components.without_images(tensors)
     return config, keys_diffusers.from_diffusers(part, tensors, config, str(where))
+
+
+def open_image_encoder(path: Path, weights: str) -> tuple[CLIPConfig, dict[str, Tensor]]:
+    """Of a pipeline's folder: a CLIPVisionModelWithProjection, and how it reads pixels."""
+    folder, pixels = path / "image_encoder", path / "feature_extractor" / "preprocessor_config.json"
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{folder}: no image encoder here: its config.json is missing")
+    config = clip_config.vision_from_transformers(read_json(file), None, str(folder))
+    if pixels.is_file():
+        config = clip_config.with_pixels(config, read_json(pixels), str(pixels))
+    tensors, where = _weights(folder, "image_encoder", weights)
+    return config, keys_clip.from_transformers(tensors, config, str(where), vision_alone=True)
 
 
 def component_config(file: Path, part: str, in_sdxl: bool = False) -> Config:
@@ -118,7 +136,8 @@ def _refuse_other_pipelines(path: Path, said: Mapping[str, Any]) -> None:
     named = {key for key, value in said.items() if isinstance(value, list) and value and value[0]}
     folders = {p.name for p in path.iterdir() if p.is_dir()} & {"transformer", "controlnet", "prior", "text_encoder_3"}
     others = sorted((named | folders) - {*PARTS, *_BESIDE})
-    if "image_encoder" in named and "text_encoder" not in named and "text_encoder_2" not in named:
+    without_text = "text_encoder" not in named and "text_encoder_2" not in named
+    if "image_encoder" in named and without_text and said.get("_class_name") != IMAGE_VARIATION:
         others.append("image_encoder")
     if others:
         name = said.get("_class_name", "a pipeline")

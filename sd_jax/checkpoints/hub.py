@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sd_jax.checkpoints.folders import choose_weights
-from sd_jax.models.presets import PARTS
+from sd_jax.models.presets import ALL_PARTS, PARTS
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".yaml", ".json")  # whose names are no hub names
@@ -62,7 +62,7 @@ def _wanted(name: str, weights: str) -> list[str]:
 def wanted_weights(files: Iterable[str], weights: str) -> list[str]:
     """The weight files that `folders` would read, of a repository that has `files`; an index with all its shards."""
     files, wanted = list(files), []
-    for part in PARTS:
+    for part in PARTS if any(file.startswith("text_encoder") for file in files) else ALL_PARTS:
         there = [file.removeprefix(f"{part}/") for file in files if file.startswith(f"{part}/")]
         wanted += [f"{part}/{file}" for file in weights_of(there, part, weights)]
     return wanted

@@ -79,6 +79,8 @@ def title(kind: str, spec: ModelSpec) -> str:
         return "Stable Diffusion x4 upscaler"
     if isinstance(unet, KUNetConfig):
         return "Stable Diffusion x2 latent upscaler"
+    if spec.sees_pictures:
+        return "Stable Diffusion image variations"
     special = {2 * latent + 1: " inpainting", latent + 1: " depth", 2 * latent: " InstructPix2Pix"}
     distilled = " (LCM)" if unet.time_cond_proj_dim is not None else ""
     return detect.FAMILIES[kind][0] + special.get(unet.in_channels, "") + distilled
@@ -118,7 +120,8 @@ def _of_model_file(path: Path, contents: Contents) -> Lines:
 
 def _of_model(spec: ModelSpec, reason: str, parts: Parts, has_tokenizer: bool) -> Lines:
     schedule = spec.noise_schedule
-    missing = [part for part in spec.parts if part not in parts] + ["tokenizer"] * (not has_tokenizer)
+    missing = [part for part in spec.parts if part not in parts]
+    missing += ["tokenizer"] * (not has_tokenizer and not spec.sees_pictures)
     size = spec.unet.sample_size * spec.vae.downscale
     return {
         "prediction_type": schedule.prediction_type,

@@ -67,16 +67,30 @@ def from_transformers(
     scale = tensors.get("logit_scale")
     if scale is not None and scale.shape == (1,):
         tensors["logit_scale"] = scale.reshape()
-    wanted = {name: shape for name, shape in shapes(config).items() if not vision_alone or name.startswith(_VISION)}
-    layout.check_shapes(wanted, tensors, "the CLIP of its config", where)
+    layout.check_shapes(_wanted(config, vision_alone), tensors, "the CLIP of its config", where)
     return {our_name(name, tensor.ndim): _our_layout(name, tensor) for name, tensor in tensors.items()}
 
 
-def to_transformers(tensors: Mapping[str, Tensor], config: CLIPConfig, where: str) -> dict[str, Tensor]:
+def to_transformers(
+    tensors: Mapping[str, Tensor], config: CLIPConfig, where: str, vision_alone: bool = False
+) -> dict[str, Tensor]:
     """The inverse, as strict."""
     theirs = {their_name(name): _their_layout(name, tensor) for name, tensor in tensors.items()}
-    layout.check_shapes(shapes(config), theirs, "the CLIP of its config", where)
+    layout.check_shapes(_wanted(config, vision_alone), theirs, "the CLIP of its config", where)
     return theirs
+
+
+def to_folder(
+    part: str, tensors: Mapping[str, Tensor], config: layout.Config | CLIPConfig, where: str
+) -> dict[str, Tensor]:
+    """`keys_diffusers.to_diffusers` of any part of a model, the image encoder among them."""
+    if isinstance(config, CLIPConfig):
+        return to_transformers(tensors, config, where, vision_alone=True)
+    return keys_diffusers.to_diffusers(part, tensors, config, where)
+
+
+def _wanted(config: CLIPConfig, vision_alone: bool) -> layout.Shapes:
+    return {name: shape for name, shape in shapes(config).items() if not vision_alone or name.startswith(_VISION)}
 
 
 def our_name(name: str, ndim: int) -> str:

@@ -15,6 +15,7 @@ Shapes = dict[str, tuple[int, ...]]
 Config = UNetConfig | KUNetConfig | VAEConfig | TinyVAEConfig | CLIPTextConfig
 
 NAMES = {"unet": "U-Net", "vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
+NAMES["image_encoder"] = "image encoder"
 
 
 def unet(config: UNetConfig | KUNetConfig) -> Shapes:

@@ -14,8 +14,8 @@ from sd_jax.checkpoints import (
     float8,
     folders,
     hub,
+    keys_clip,
     keys_compvis,
-    keys_diffusers,
     layout,
     native,
     place,
@@ -26,7 +26,7 @@ from sd_jax.checkpoints import prediction_type as predictions
 from sd_jax.checkpoints.errors import CheckpointError
 from sd_jax.checkpoints.layout import Config
 from sd_jax.checkpoints.tensors import Tensor, dtype_of, lazy
-from sd_jax.models.presets import PARTS, CLIPTextConfig, KUNetConfig, ModelSpec, TinyVAEConfig, VAEConfig
+from sd_jax.models.presets import ALL_PARTS, PARTS, CLIPTextConfig, KUNetConfig, ModelSpec, TinyVAEConfig, VAEConfig
 from sd_jax.types import Params
 
 
@@ -105,7 +105,7 @@ def open_checkpoint(
 
 
 def _nested(parts: dict[str, dict[str, Tensor]]) -> Params:
-    return {part: traverse_util.unflatten_dict(parts[part], sep="/") for part in PARTS if part in parts}
+    return {part: traverse_util.unflatten_dict(parts[part], sep="/") for part in ALL_PARTS if part in parts}
 
 
 def _with_part(opened: Checkpoint, part: str, config: Config, tensors: dict[str, Tensor]) -> Checkpoint:
@@ -142,10 +142,10 @@ def _open_native(path, weights, dtype, config, predicts, without) -> tuple[Check
         raise CheckpointError(f"{folder / str(step)}: its meta is not that of a model ({error})") from error
     tokenizer = folder.parent / (meta.get("tokenizer") or "tokenizer")
     own = {"text_encoder": tokenizer} if tokenizer_files.is_tokenizer(tokenizer) else {}
-    params = jax.tree.map(lazy, {part: tree for part, tree in params.items() if part in PARTS})
+    params = jax.tree.map(lazy, {part: tree for part, tree in params.items() if part in ALL_PARTS})
     for part, tree in params.items():  # for its strictness
         flat = traverse_util.flatten_dict(tree, sep="/")
-        keys_diffusers.to_diffusers(part, flat, getattr(spec, part), str(folder / str(step)))
+        keys_clip.to_folder(part, flat, getattr(spec, part), str(folder / str(step)))
     spec, reason = predictions.overridden(spec, predicts, "said by its own spec")
     notes = (predictions.note(spec.noise_schedule, reason),)
     return Checkpoint(spec, params, str(tokenizer) if own else None, "native", used, step, notes), own
@@ -271,12 +271,14 @@ def check_together(spec: ModelSpec, there: Params, path: str | os.PathLike, any_
             f"{path}: its U-Net takes {unet.in_channels} channels{what} and its VAE has {latent}: only models for text "
             "to image, inpainting, depth and upscaling are opened"
         )
-    texts = spec.text_encoders
-    if texts.keys() <= set(there):
-        written = sum(config.hidden_size for config in texts.values())
+    widths = {part: config.hidden_size for part, config in spec.text_encoders.items()}
+    if spec.sees_pictures:
+        widths = {"image_encoder": spec.image_encoder.projection_dim}
+    if widths and widths.keys() <= set(there):
+        writer, written = layout.NAMES[next(iter(widths))], sum(widths.values())
         if unet.cross_attention_dim != written:
             raise CheckpointError(
-                f"{path}: its U-Net reads states of width {unet.cross_attention_dim} and its text encoder writes "
+                f"{path}: its U-Net reads states of width {unet.cross_attention_dim} and its {writer} writes "
                 f"{written}: they do not belong together"
             )
     if unet.addition_embed_type == "text_time" and "text_encoder_2" in there:

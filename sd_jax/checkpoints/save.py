@@ -10,8 +10,8 @@ from flax import traverse_util
 
 from sd_jax.checkpoints import (
     detect,
+    keys_clip,
     keys_compvis,
-    keys_diffusers,
     layout,
     native,
     save_diffusers,
@@ -21,7 +21,7 @@ from sd_jax.checkpoints import (
 from sd_jax.checkpoints.aside import aside
 from sd_jax.checkpoints.errors import CheckpointError
 from sd_jax.checkpoints.tensors import Tensor, dtype_of, lazy
-from sd_jax.models.presets import PARTS, KUNetConfig, ModelSpec
+from sd_jax.models.presets import ALL_PARTS, KUNetConfig, ModelSpec
 from sd_jax.types import Params
 
 Flat = dict[str, dict[str, Tensor]]  # {part: {our name: Tensor}}
@@ -53,6 +53,8 @@ def save_checkpoint(
         raise CheckpointError(f"{where}: the model works on pixels, for which only format='native' has a place")
     if format == "single_file" and isinstance(spec.unet, KUNetConfig):
         raise CheckpointError(f"{where}: single files have no place for the x2 latent upscaler: use 'diffusers'")
+    if format == "single_file" and spec.sees_pictures:
+        raise CheckpointError(f"{where}: a single file has no place for the image encoder: use format='diffusers'")
     missing = [part for part in _needed(spec, format) if part not in params]
     if missing:
         raise CheckpointError(f"{where}: the model has no {layout.NAMES[missing[0]]}")
@@ -61,7 +63,7 @@ def save_checkpoint(
     if overwrite and path.is_dir():
         detect.detect(path)  # only a checkpoint is replaced, never some other folder
 
-    flat = {part: traverse_util.flatten_dict(params[part], sep="/") for part in PARTS if part in params}
+    flat = {part: traverse_util.flatten_dict(params[part], sep="/") for part in ALL_PARTS if part in params}
     without = [part for part in flat if getattr(spec, part) is None]
     if without:
         raise CheckpointError(f"{where}: its spec knows of no {layout.NAMES[without[0]]}")
@@ -69,7 +71,7 @@ def save_checkpoint(
         part: {name: lazy(leaf).cast(dtype, f"{part}/{name}") for name, leaf in leaves.items()}
         for part, leaves in flat.items()
     }
-    theirs = {p: keys_diffusers.to_diffusers(p, t, getattr(spec, p), where) for p, t in cast.items()}
+    theirs = {p: keys_clip.to_folder(p, t, getattr(spec, p), where) for p, t in cast.items()}
     with aside(path, overwrite) as work:
         _SAVE[format](work, path, spec, cast if format == "native" else theirs, tokenizer)
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sd_jax.checkpoints import config_json, tokenizer_files
+from sd_jax.checkpoints import clip_config, config_json, tokenizer_files
 from sd_jax.checkpoints.errors import CheckpointError
+from sd_jax.checkpoints.folders import IMAGE_VARIATION
 from sd_jax.checkpoints.read_safetensors import write
 from sd_jax.checkpoints.tensors import Tensor
 from sd_jax.diffusion import low_resolution
@@ -41,10 +42,17 @@ def save(work: Path, path: Path, spec: ModelSpec, theirs: Mapping[str, Mapping[s
         configs[part] = config_json.text_encoder_to_json(config, bos, dtype)
         index[part] = ["transformers", configs[part]["architectures"][0]]
         index[_TOKENIZERS[part]] = ["transformers", "CLIPTokenizer"]
+    if "image_encoder" in theirs:
+        dtype = str(theirs["image_encoder"]["visual_projection.weight"].dtype)
+        configs["image_encoder"], pixels = clip_config.vision_to_transformers(spec.image_encoder, dtype)
+        (work / "feature_extractor").mkdir()
+        _write_json(work / "feature_extractor" / "preprocessor_config.json", pixels)
+        index["image_encoder"] = ["transformers", configs["image_encoder"]["architectures"][0]]
+        index["feature_extractor"] = ["transformers", pixels["image_processor_type"]]
     for part, config in configs.items():
         (work / part).mkdir()
         _write_json(work / part / "config.json", config)
-        stem = "model" if part in _TOKENIZERS else "diffusion_pytorch_model"
+        stem = "diffusion_pytorch_model" if part in ("unet", "vae") else "model"
         write(work / part / f"{stem}.safetensors", theirs[part], {"format": "pt"})
         if "_class_name" in config:
             index[part] = ["diffusers", config["_class_name"]]
@@ -113,8 +121,9 @@ def index_of(spec: ModelSpec) -> dict[str, Any]:
         return index | {"_class_name": "StableDiffusionLatentUpscalePipeline"}
     if sees_depth:
         return index | {"_class_name": "StableDiffusionDepth2ImgPipeline", "depth_estimator": _ABSENT}
+    from_text = f"StableDiffusion{'Inpaint' if inpaints else ''}Pipeline"
     return index | {
-        "_class_name": f"StableDiffusion{'Inpaint' if inpaints else ''}Pipeline",
+        "_class_name": IMAGE_VARIATION if spec.sees_pictures else from_text,
         "image_encoder": _ABSENT,
         "requires_safety_checker": False,
         "safety_checker": _ABSENT,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from sd_jax.types import NoiseScheduleConfig
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # of a model, by the names of a diffusers folder
+ALL_PARTS = (*PARTS, "image_encoder")  # and of one that is told pictures in place of text
 # What is trained to guide, teach or judge it, lends it its eyes, and makes its pictures larger
 BESIDE = ("clip", "features", "perceptual", "aesthetic", "discriminator", "image_encoder", "upscaler")
 
@@ -295,10 +296,12 @@ class ModelSpec:
 
     unet: UNetConfig | KUNetConfig = UNetConfig()
     vae: AutoencoderConfig = VAEConfig()
-    text_encoder: CLIPTextConfig | None = CLIPTextConfig()  # None: SDXL's refiner, which has the second one alone
+    # None: SDXL's refiner, which has the second one alone; or `sees_pictures`
+    text_encoder: CLIPTextConfig | None = CLIPTextConfig()
     text_encoder_2: CLIPTextConfig | None = None  # SDXL: its states are joined to the first's, its pooled one is used
     noise_schedule: NoiseScheduleConfig = NoiseScheduleConfig()
-    force_zeros_for_empty_prompt: bool = False  # SDXL base: an empty negative prompt is zeros, not its encoding
+    # SDXL base, and where it `sees_pictures`: an empty negative prompt is zeros, not its encoding
+    force_zeros_for_empty_prompt: bool = False
     # BESIDE: in the runs that train them and those that learn from them
     clip: CLIPConfig | None = None
     features: FeaturesConfig | None = None  # a trunk for `perceptual`, and the words that it learns by
@@ -315,15 +318,25 @@ class ModelSpec:
         return {part: config for part, config in named.items() if config is not None}
 
     @property
+    def sees_pictures(self) -> bool:
+        """Whether the U-Net is told pictures in place of text: the image encoder's features, one token a picture."""
+        return self.image_encoder is not None and not self.text_encoders
+
+    def told_pictures(self, image_encoder: CLIPConfig) -> "ModelSpec":
+        """The same that is told pictures."""
+        texts = dict.fromkeys(("text_encoder", "text_encoder_2"))
+        return dataclasses.replace(self, **texts, image_encoder=image_encoder, force_zeros_for_empty_prompt=True)
+
+    @property
     def positions(self) -> int:
         """Tokens that the text encoders read at once."""
         return min(config.max_position_embeddings for config in self.text_encoders.values())
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts that such a model has, of PARTS; what has no parameters is none."""
+        """The parts that such a model has, of ALL_PARTS; what has no parameters is none."""
         vae = () if isinstance(self.vae, IdentityConfig) else ("vae",)
-        return ("unet", *vae, *self.text_encoders)
+        return ("unet", *vae, *(("image_encoder",) if self.sees_pictures else self.text_encoders))
 
     @property
     def num_time_ids(self) -> int:

@@ -37,7 +37,7 @@ from sd_jax.models.networks import Networks
 from sd_jax.sampling import adapters, control
 from sd_jax.sampling.conditioning import Rows, Told, of_call, tell
 from sd_jax.sampling.control import Hint, Seen, Steered
-from sd_jax.sampling.image_prompt import show
+from sd_jax.sampling.image_prompt import in_place_of_text, show
 from sd_jax.sampling.tiles import tiled_denoiser
 from sd_jax.types import AnyArray, Conditioning, Latents, Params, Recipe
 
@@ -97,12 +97,16 @@ def denoise(
     options = SamplerOptions(**{name: _number(getattr(recipe, name, None)) for name in SamplerOptions._fields})
 
     # Prompts
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if pipe.spec.sees_pictures and given.conditioning is None:
+        seen = in_place_of_text(pipe, prompts, recipe, given.image_prompt)
+        given = given._replace(conditioning=seen, image_prompt=None)
     if refiner is not None and (given.conditioning is not None or given.negative_conditioning is not None):
         raise ValueError("conditioning is for one model: give prompts where a refiner takes over")
     told = [
         tell(
             model,
-            [prompt] if isinstance(prompt, str) else prompt,
+            prompts,
             recipe,
             row.calls * recipe.steps,
             None if start.first_pass_steps is None else row.calls * start.first_pass_steps,

@@ -1,4 +1,6 @@
-"""Pictures as prompts: what IP-Adapters that a pipeline has on are told of them, row by row.
+"""Pictures as prompts: what IP-Adapters that a pipeline has on are told of them, row by row; and image variation, in
+which a picture is all that a model is told: one token of CLIP features in place of a prompt, zeros in place of none, as
+in lambdalabs/sd-image-variations-diffusers.
 
 The vision tower that an adapter was trained with is in no file of it. It is given, or lies beside the file in a folder
 `image_encoder`, as h94/IP-Adapter has it (models/ip-adapter_sd15.bin and models/image_encoder/; sdxl_models/ with
@@ -24,7 +26,7 @@ from sd_jax.models.clip_vision import CLIPVision
 from sd_jax.models.presets import CLIPConfig
 from sd_jax.sampling import canvas
 from sd_jax.sampling.conditioning import Told
-from sd_jax.types import Params
+from sd_jax.types import Conditioning, Params, Pixels, Recipe
 
 if TYPE_CHECKING:
     from sd_jax.sampling.adapters import Worn
@@ -51,6 +53,15 @@ class ImageEncoder:
         """What the adapter makes of each picture, and at last of none; float32."""
         squares = preprocess(pictures, self.config, cut="transformers")
         return _tokens(self.network, self.params, adapter, squares)
+
+    def features(self, pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Float[Array, "pictures width"]:
+        """Those behind the projection, not normalised; float32."""
+        return _features(self.network, self.params, preprocess(pictures, self.config, cut="transformers"))
+
+
+@functools.partial(sharding.jit, static_argnums=0)
+def _features(network, params, squares):
+    return features_of(network, params, "base", squares)[:-1]
 
 
 @functools.partial(sharding.jit, static_argnums=0)
@@ -139,15 +150,43 @@ def show(told: Told, worn: "Sequence[Worn]", image_prompt: Any) -> Told:
     return told._replace(positive=rows, negative=told.negative and told.negative._replace(pictures=negative))
 
 
+def in_place_of_text(
+    pipe: "Pipeline",
+    prompts: Sequence[str],
+    recipe: Recipe,
+    image_prompt: Any,  # as the jobs of a Pipeline take it
+) -> Conditioning:
+    """What a model that `sees_pictures` is told. Raises ValueError where there are words, or no picture."""
+    if any(prompts) or recipe.negative_prompt:
+        raise ValueError("this model reads pictures and no prompts: leave them empty, and give image_prompt=")
+    if image_prompt is None:
+        raise ValueError("this model is told a picture in place of a prompt: give image_prompt=")
+    groups = _groups(image_prompt)
+    context = pipe.encode_pictures([picture for group in groups for picture in group]).context
+    batch = max(len(prompts), *(len(group) for group in groups))
+    return Conditioning(jnp.asarray(_at_once(np.asarray(context), groups, batch).repeat(recipe.batch_size, axis=0)))
+
+
 def _tokens_of(worn: "Worn", prompt: Any, batch: int) -> tuple[np.ndarray, np.ndarray]:
     """[batch, tokens, width] of a picture or of several at once, and of none in place of each."""
+    groups = _groups(prompt)
+    *tokens, none = np.asarray(worn.encoder.tokens(worn.adapter, [picture for group in groups for picture in group]))
+    return _at_once(np.stack(tokens), groups, batch), np.tile(none, (batch, len(groups), 1))
+
+
+def _groups(prompt: Any) -> list[Pixels]:
+    """Those that are shown at once."""
     groups = [canvas.read_pixels(picture) for picture in (prompt if isinstance(prompt, list | tuple) else [prompt])]
     if not groups:
         raise ValueError("image_prompt= holds no picture: give at least one")
+    return groups
+
+
+def _at_once(tokens: np.ndarray, groups: Sequence[Pixels], batch: int) -> np.ndarray:
+    """Tokens of all pictures -> [batch, tokens, width], those of each group behind each other."""
     for group in groups:
         if len(group) not in (1, batch):
             raise ValueError(f"image_prompt holds {len(group)} pictures, the prompts ask for {batch}")
-    *tokens, none = np.asarray(worn.encoder.tokens(worn.adapter, [picture for group in groups for picture in group]))
     ends = np.cumsum([len(group) for group in groups])[:-1]
-    of_all = [np.broadcast_to(own, (batch, *own.shape[1:])) for own in np.split(np.stack(tokens), ends)]
-    return np.concatenate(of_all, axis=1), np.tile(none, (batch, len(groups), 1))
+    of_all = [np.broadcast_to(own, (batch, *own.shape[1:])) for own in np.split(tokens, ends)]
+    return np.concatenate(of_all, axis=1)

@@ -18,6 +18,7 @@ from sd_jax.checkpoints.load import open_checkpoint
 from sd_jax.checkpoints.place import place
 from sd_jax.checkpoints.save import save_checkpoint
 from sd_jax.diffusion import schedules
+from sd_jax.media import Picture
 from sd_jax.models.networks import Networks
 from sd_jax.models.presets import ModelSpec
 from sd_jax.models.vae import to_image, to_pixels
@@ -29,6 +30,7 @@ from sd_jax.sampling.clip import Clip
 from sd_jax.sampling.conditioning import refuse_untold, time_ids
 from sd_jax.sampling.control import Hint
 from sd_jax.sampling.denoising import Given, Start, check_finite, count_walked
+from sd_jax.sampling.image_prompt import ImageEncoder
 from sd_jax.sampling.tiles import choose_tile, decode_tiled, encode_tiled
 from sd_jax.types import AnyArray, Conditioning, Image, Latents, Params, Pixels, Recipe, TokenIds
 
@@ -50,6 +52,7 @@ _MENDS = {
     "vae": "give another checkpoint's, as vae= (--vae=)",
     "text_encoder": "give another checkpoint's, as text_encoder= (--text_encoder=)",
     "text_encoder_2": "give another checkpoint's, as text_encoder= (--text_encoder=)",
+    "image_encoder": "load a whole one",
 }
 
 BUNDLED = pathlib.Path(__file__).parents[1] / "assets" / "shapes_64"
@@ -195,6 +198,11 @@ class Pipeline:
         on = adapters.of_text_encoders(self.adapters)
         return _encode_tokens(params, self.networks, jnp.asarray(ids, jnp.int32), clip_skip, on)
 
+    def encode_pictures(self, pictures: Sequence[Picture]) -> Conditioning:
+        """Of models that are told pictures in place of text: for each, of any size, its CLIP features as one token."""
+        encoder = ImageEncoder(self.spec.image_encoder, self._part("image_encoder"), self.dtype)
+        return Conditioning(encoder.features(pictures)[:, None])
+
     def predict(
         self,
         latents: Float[AnyArray, "batch h w seen"],  # and what such a U-Net sees beside them
@@ -246,9 +254,10 @@ class Pipeline:
     #                            stochastic sampler, [draws, batch, h, w, c], see `samplers.count_draws`
     #     conditioning           in place of prompts; negative_conditioning likewise
     #     control                hints of ControlNets and T2I-Adapters, `sd_jax.load_control(path).hint(image)`
-    #     image_prompt           what an IP-Adapter shows: a picture as in image_to_image (an array may hold one for
-    #                            each that is made), or a list of such, which are shown at once; where several adapters
-    #                            are on, a list with one of these for each
+    #     image_prompt           what an IP-Adapter shows, or a model is told in place of text (image variation): a
+    #                            picture as in image_to_image (an array may hold one for each that is made), or a list
+    #                            of such, which are shown at once; where several adapters are on, a list with one of
+    #                            these for each
     #     output                 "images": uint8 [batch, height, width, 3]; "latents": scaled, float32
     #     callback               called on the host after each step: (step, x before it, denoised). Compiles nothing
     # and all but upscale
@@ -471,7 +480,7 @@ class Pipeline:
         save_checkpoint(path, self.spec, self.params, self._tokenizer_for_saving(format), format=format)
 
     def _tokenizer_for_saving(self, format: str) -> Tokenizer | None:
-        return None if format == "single_file" else self.tokenizer
+        return self.tokenizer if format != "single_file" and self.spec.text_encoders else None
 
     def _part(self, name: str) -> Params:
         if name == "vae" and name not in self.spec.parts:

@@ -1,4 +1,5 @@
-"""What the U-Net is told of each picture while it learns: its caption, encoded or as it was stored, or none.
+"""What the U-Net is told of each picture while it learns: its caption, encoded or as it was stored, or none; or, of
+models for image variation, the very picture, through a CLIP.
 
 A batch says it as `input_ids`, which are encoded in the step, or as `context` and `pooled`, which `encode_captions`
 made before. Both ways go through `Networks.encode_text`, as sampling does.
@@ -15,10 +16,13 @@ from ml_collections import ConfigDict
 from sd_jax import sharding
 from sd_jax.data import captions
 from sd_jax.diffusion import noise
+from sd_jax.models.clip import as_read
 from sd_jax.models.networks import Networks
-from sd_jax.models.presets import ModelSpec
+from sd_jax.models.presets import CLIPConfig, ModelSpec
+from sd_jax.models.vae import to_image
+from sd_jax.sampling.image_prompt import features_of
 from sd_jax.training.context import DROPOUT, Context, EmptyPrompt, Keys
-from sd_jax.types import Conditioning, Params, TokenIds
+from sd_jax.types import AnyArray, Conditioning, Params, TokenIds
 
 States = tuple[Float[Array, "batch tokens width"], Float[Array, "batch wide"] | None]  # context and pooled
 
@@ -53,6 +57,10 @@ def _both(context: Context, params: Params, batch: dict[str, Array]) -> tuple[Co
     networks, config, empty = context
     if "context" in batch:
         told = Conditioning(batch["context"], batch.get("pooled"))
+    elif networks.spec.sees_pictures:
+        squares = squares_of(networks.spec.image_encoder, batch["pixels"])
+        seen = features_of(networks.image_encoder, params["image_encoder"], "base", squares)[:-1]
+        told = Conditioning(seen[:, None])
     else:
         told = networks.encode_text(params, batch["input_ids"], _clip_skip(config))
     if networks.spec.force_zeros_for_empty_prompt:
@@ -60,6 +68,14 @@ def _both(context: Context, params: Params, batch: dict[str, Array]) -> tuple[Co
     if "context" in batch:
         return told, Conditioning(*(x if x is None else jnp.asarray(x)[None] for x in empty.states))
     return told, networks.encode_text(params, jnp.asarray(empty.ids)[None], _clip_skip(config))
+
+
+def squares_of(encoder: CLIPConfig, pixels: AnyArray) -> Float[Array, "batch size size 3"]:
+    """The middle of each picture, as the encoder reads it. pixels: uint8 [batch, height, width, 3]."""
+    pictures = to_image(pixels)
+    side = min(pictures.shape[1:3])
+    top, left = ((length - side) // 2 for length in pictures.shape[1:3])
+    return as_read(encoder, pictures[:, top : top + side, left : left + side])
 
 
 def encode_captions(networks: Networks, params: Mapping[str, Params], ids: TokenIds, config: ConfigDict) -> States:
@@ -100,7 +116,9 @@ def check(config: ConfigDict, spec: ModelSpec) -> None:
     diffusion, data = config.diffusion, config.data
     if diffusion.text_chunks < 1:
         raise ValueError(f"config.diffusion.text_chunks={diffusion.text_chunks}: give 1 or more")
-    layers = min(text.num_hidden_layers for text in spec.text_encoders.values())
+    if spec.sees_pictures:
+        _check_pictures(config, spec)
+    layers = min((text.num_hidden_layers for text in spec.text_encoders.values()), default=0)
     if not 0 <= diffusion.clip_skip <= layers:
         raise ValueError(
             f"config.diffusion.clip_skip={diffusion.clip_skip}: give 1 (the last layer) to {layers}, or 0 for the "
@@ -115,6 +133,20 @@ def check(config: ConfigDict, spec: ModelSpec) -> None:
             "config.data.cache_text keeps what the text encoders say, and config.diffusion.train_text_encoder changes "
             "it: set one of them to False"
         )
+
+
+def _check_pictures(config: ConfigDict, spec: ModelSpec) -> None:
+    if config.method != "full":
+        raise ValueError(f"config.method={config.method!r}: a model that is told pictures is trained by 'full' alone")
+    width, read = spec.image_encoder.projection_dim, spec.unet.cross_attention_dim
+    if read != width:
+        raise ValueError(
+            f"config.model.unet.cross_attention_dim={read}: the features of config.init_clip, which it is to read, are "
+            f"{width} wide: set it to {width}, or give another CLIP"
+        )
+    for key in ("cache_latents", "cache_text"):
+        if config.data[key]:
+            raise ValueError(f"config.data.{key}: CLIP sees pixels, which are not kept: set it to False")
 
 
 def _clip_skip(config: ConfigDict) -> int | None:

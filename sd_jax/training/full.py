@@ -1,4 +1,8 @@
-"""`config.method="full"`: the U-Net learns to denoise, and the text encoders with it or frozen."""
+"""`config.method="full"`: the U-Net learns to denoise, and the text encoders with it or frozen.
+
+With `config.init_clip` it is told the picture itself in place of its caption, as one token of that CLIP's features:
+image variation.
+"""
 
 import functools
 from collections.abc import Callable
@@ -157,6 +161,8 @@ def check(config: ConfigDict, spec: ModelSpec) -> None:
 
 
 def _text_encoders(config: ConfigDict, spec: ModelSpec, trained: bool) -> tuple[str, ...]:
+    if spec.sees_pictures:
+        return () if trained else ("image_encoder",)
     return tuple(spec.text_encoders) if config.diffusion.train_text_encoder == trained else ()
 
 

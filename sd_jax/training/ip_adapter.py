@@ -20,14 +20,13 @@ from sd_jax.adapters.hooks import hooked
 from sd_jax.adapters.ip_adapter import KINDS, IPAdapter
 from sd_jax.checkpoints import ip_adapters
 from sd_jax.diffusion import noise
-from sd_jax.models.clip import as_read
 from sd_jax.models.networks import Networks
 from sd_jax.models.presets import ModelSpec
-from sd_jax.models.vae import to_image
 from sd_jax.sampling import adapters
 from sd_jax.sampling.image_prompt import ImageEncoder, features_of
 from sd_jax.training import full
 from sd_jax.training.adapting import as_it_is, method_of
+from sd_jax.training.conditioning import squares_of
 from sd_jax.training.context import DROPOUT, Context, Keys
 from sd_jax.training.method import Adapting, Batch
 from sd_jax.types import Params
@@ -43,10 +42,7 @@ def _init(config: ConfigDict, networks: Networks, key: Any, loaded: Params) -> P
 
 def _wear(context: Context, params: Params, batch: Batch, keys: Keys | None) -> tuple[Context, Params]:
     networks, adapter = context.networks, IPAdapter(**params["adapter"])
-    pictures = to_image(batch["pixels"])
-    side = min(pictures.shape[1:3])
-    top, left = ((length - side) // 2 for length in pictures.shape[1:3])
-    squares = as_read(networks.spec.image_encoder, pictures[:, top : top + side, left : left + side])
+    squares = squares_of(networks.spec.image_encoder, batch["pixels"])
     seen = features_of(networks.image_encoder, params["image_encoder"], adapter.kind, squares)
     features, nothing = seen[:-1], seen[-1:]
     if keys is not None:

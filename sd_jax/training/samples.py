@@ -27,7 +27,7 @@ def draw(config: ConfigDict, model: Model, params: Params, batch: dict[str, np.n
     model that enlarges shows them made small, what it makes of those, and them; one that inpaints shows them with a
     part hidden, and what it makes of those and of `samples.prompts`; a control its hints, what it makes of them with
     the same captions, and the pictures that they are of; an IP-Adapter pictures, and below what it makes of them and of
-    `samples.prompts`."""
+    `samples.prompts`; a model that is told pictures likewise, without prompts."""
     params = dict(params)
     if config.method == "esrgan":
         larger = Upscaler(model.networks.spec.upscaler, params["upscaler"], config.dtype)
@@ -59,6 +59,8 @@ def draw(config: ConfigDict, model: Model, params: Params, batch: dict[str, np.n
         return _enlarged(enlarge, config.super_resolution.factor, batch["pixels"][:SHOWN])
     if config.method == "inpainting":
         return _redrawn(config, pipe, recipe.prompts, batch, fields)
+    if pipe.spec.sees_pictures:
+        return _shown(pipe, [""] * len(recipe.prompts), batch, fields)
     if config.method == "ip_adapter":
         return _shown(pipe, recipe.prompts, batch, fields)
     size = config.data.resolution

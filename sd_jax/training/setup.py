@@ -152,7 +152,7 @@ def batch_shapes(config: ConfigDict, method: Method, networks: Networks, size: t
         shapes["loss_weight"] = shape(dtype=np.float32)
     if "ratings" in method.reads:
         shapes["rating"] = shape(dtype=np.float32)
-    if "captions" not in method.reads:
+    if "captions" not in method.reads or spec.sees_pictures:
         return shapes
     parts = (*method.trainable(config, spec), *method.frozen(config, spec))
     if "unet" in parts and spec.num_time_ids:

@@ -87,6 +87,8 @@ def build_model(
         )
     beside = {part: open_beside(part, path) for part, path in _paths_beside(config).items() if path}
     spec = dataclasses.replace(spec, **{part: opened.config for part, opened in beside.items()})
+    if config.method == "full" and "image_encoder" in beside:
+        spec = spec.told_pictures(spec.image_encoder)
     method.check(config, spec)
     trained, frozen = method.trainable(config, spec), method.frozen(config, spec)
     parts = trained + frozen
@@ -144,7 +146,7 @@ def _paths_beside(config: ConfigDict) -> dict[str, str]:
     """Of what no checkpoint for pictures has; see checkpoints/beside.py."""
     if config.method == "autoencoder":
         return {"perceptual": config.init_perceptual}
-    if config.method == "ip_adapter":
+    if config.method in ("full", "ip_adapter"):
         return {"image_encoder": config.init_clip}
     if config.method == "esrgan":
         return {"perceptual": config.init_perceptual, "upscaler": config.init_upscaler}
