@@ -68,7 +68,7 @@ def _rectangles(key: Key[Array, ""], size: tuple[int, int], side: float) -> Bool
     of_number, of_sides, of_places = jax.random.split(key, 3)
     sides = jax.random.uniform(of_sides, (MOST, 2), minval=LEAST_SIDE, maxval=side)
     first = jax.random.uniform(of_places, (MOST, 2)) * (1 - sides)
-    rows, columns = ((jnp.arange(length) + 0.5)[None] / length for length in size)
+    rows, columns = (_centres(length)[None] / length for length in size)
     inside = lambda at, axis: (at >= first[:, axis, None]) & (at < (first + sides)[:, axis, None])  # noqa: E731
     each = inside(rows, 0)[:, :, None] & inside(columns, 1)[:, None, :]
     return jnp.any(each & _first(of_number)[:, None, None], axis=0)
@@ -76,7 +76,7 @@ def _rectangles(key: Key[Array, ""], size: tuple[int, int], side: float) -> Bool
 
 def _strokes(key: Key[Array, ""], size: tuple[int, int], thickness: float) -> Bool[Array, "height width"]:
     of_number, of_widths, of_starts, of_turns, of_lengths = jax.random.split(key, 5)
-    sides = jnp.array(size) / min(size)  # in shorter sides, as all that follows
+    sides = jnp.array(size, jnp.float32) / min(size)  # in shorter sides, as all that follows
     radii = jax.random.uniform(of_widths, (MOST,), minval=LEAST_THICKNESS, maxval=thickness) / 2
     turns = 2 * jnp.pi * jax.random.uniform(of_turns, (MOST, PIECES))
     lengths = LENGTH * jax.random.uniform(of_lengths, (MOST, PIECES))
@@ -85,7 +85,7 @@ def _strokes(key: Key[Array, ""], size: tuple[int, int], thickness: float) -> Bo
     for i in range(PIECES):  # a brush does not leave the picture
         points.append(jnp.clip(points[-1] + moves[:, i], 0, sides[None]))
     points = jnp.stack(points, axis=1)
-    rows, columns = ((jnp.arange(length) + 0.5) / min(size) for length in size)
+    rows, columns = (_centres(length) / min(size) for length in size)
     at = jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), axis=-1)
 
     def drawn(mask, piece):
@@ -98,6 +98,11 @@ def _strokes(key: Key[Array, ""], size: tuple[int, int], thickness: float) -> Bo
     of_each = lambda values: jnp.repeat(values, PIECES)  # noqa: E731
     starts, ends = points[:, :-1].reshape(-1, 2), points[:, 1:].reshape(-1, 2)
     return jax.lax.scan(drawn, jnp.zeros(size, bool), (starts, ends, of_each(radii), of_each(_first(of_number))))[0]
+
+
+def _centres(length: int) -> Float[Array, " length"]:
+    """Of pixels, in pixels."""
+    return jnp.arange(length, dtype=jnp.float32) + 0.5
 
 
 def _first(key: Key[Array, ""]) -> Bool[Array, " most"]:

@@ -1,5 +1,4 @@
-"""Image variation against diffusers' StableDiffusionImageVariationPipeline: from its folder, and from the folder that we
-write of it."""
+"""Image variation against diffusers' StableDiffusionImageVariationPipeline: its folder, and the one that we write."""
 
 import warnings
 
