@@ -10,7 +10,8 @@ that datasets.load_dataset takes.
 What the checkpoint is, is detected; nothing here needs to change but the size of the pictures:
 --config.data.resolution=768 for SD 2.x that predicts v, 1024 for SDXL. What it predicts is told in the log: see that it
 is right. SDXL is told of each picture's own size and of what was cut off (`Conditioning.time_ids`), and its dropped
-captions are zeros; the refiner is told an aesthetic score of 6. Inpainting, depth and upscaling models are not trained.
+captions are zeros; the refiner is told an aesthetic score of 6. Inpainting models are trained by
+configs/inpainting.py, those of depth and upscaling not.
 
 At full size the state takes 14.6 GB for SD 1.5, 15.6 GB for SD 2.x, 44.7 GB for SDXL and 39.3 GB for its refiner: four
 float32 copies of the U-Net (weights, average, two moments), and the frozen text encoders and autoencoder. Activations

@@ -15,12 +15,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 MOST = 4  # rectangles or strokes
 PIECES = 6  # of a stroke
 LENGTH = 0.4  # of a piece, at most
 LEAST_SIDE, LEAST_THICKNESS = 0.1, 0.05
+_STROKES = (1, 2, PIECES, PIECES)  # numbers of each: thickness, start, directions, lengths
+_NUMBERS = MOST * sum(_STROKES)  # that are drawn for a mask
 
 
 class Mix(NamedTuple):
@@ -50,38 +53,46 @@ def random_masks(
     mix: Mix,
 ) -> Float[Array, "batch height width 1"]:
     """1 where the picture is hidden, else 0."""
-    shares = jnp.array([mix.rectangles, mix.strokes, mix.whole]) / (mix.rectangles + mix.strokes + mix.whole)
+    below = jnp.cumsum(jnp.array([mix.rectangles, mix.strokes])) / (mix.rectangles + mix.strokes + mix.whole)
 
     def one(key):
-        kind, shape = jax.random.split(jax.random.fold_in(key, draw))
+        u = jax.random.uniform(jax.random.fold_in(key, draw), (2 + _NUMBERS,))
+        kind, number, u = u[0], u[1], u[2:]
+        there = jnp.arange(MOST) <= jnp.floor(MOST * number).astype(jnp.int32)
         kinds = [
-            lambda: _rectangles(shape, size, mix.side),
-            lambda: _strokes(shape, size, mix.thickness),
+            lambda: _rectangles(u, there, size, mix.side),
+            lambda: _strokes(u, there, size, mix.thickness),
             lambda: jnp.ones(size, bool),
         ]
-        return jax.lax.switch(jax.random.choice(kind, len(kinds), p=shares), kinds)
+        return jax.lax.switch(jnp.sum(kind >= below), kinds)
 
     return jax.vmap(one)(keys)[..., None].astype(jnp.float32)
 
 
-def _rectangles(key: Key[Array, ""], size: tuple[int, int], side: float) -> Bool[Array, "height width"]:
-    of_number, of_sides, of_places = jax.random.split(key, 3)
-    sides = jax.random.uniform(of_sides, (MOST, 2), minval=LEAST_SIDE, maxval=side)
-    first = jax.random.uniform(of_places, (MOST, 2)) * (1 - sides)
+def _rectangles(
+    u: Float[Array, " numbers"],  # even in [0, 1)
+    there: Bool[Array, " most"],
+    size: tuple[int, int],
+    side: float,
+) -> Bool[Array, "height width"]:
+    sides, places = u[: 4 * MOST].reshape(2, MOST, 2)
+    sides = LEAST_SIDE + (side - LEAST_SIDE) * sides
+    first = places * (1 - sides)
     rows, columns = (_centres(length)[None] / length for length in size)
     inside = lambda at, axis: (at >= first[:, axis, None]) & (at < (first + sides)[:, axis, None])  # noqa: E731
     each = inside(rows, 0)[:, :, None] & inside(columns, 1)[:, None, :]
-    return jnp.any(each & _first(of_number)[:, None, None], axis=0)
+    return jnp.any(each & there[:, None, None], axis=0)
 
 
-def _strokes(key: Key[Array, ""], size: tuple[int, int], thickness: float) -> Bool[Array, "height width"]:
-    of_number, of_widths, of_starts, of_turns, of_lengths = jax.random.split(key, 5)
+def _strokes(
+    u: Float[Array, " numbers"], there: Bool[Array, " most"], size: tuple[int, int], thickness: float
+) -> Bool[Array, "height width"]:
     sides = jnp.array(size, jnp.float32) / min(size)  # in shorter sides, as all that follows
-    radii = jax.random.uniform(of_widths, (MOST,), minval=LEAST_THICKNESS, maxval=thickness) / 2
-    turns = 2 * jnp.pi * jax.random.uniform(of_turns, (MOST, PIECES))
-    lengths = LENGTH * jax.random.uniform(of_lengths, (MOST, PIECES))
-    moves = lengths[..., None] * jnp.stack([jnp.sin(turns), jnp.cos(turns)], axis=-1)
-    points = [jax.random.uniform(of_starts, (MOST, 2)) * sides[None]]
+    widths, starts, turns, lengths = jnp.split(u.reshape(MOST, -1), np.cumsum(_STROKES)[:-1], axis=1)
+    radii = (LEAST_THICKNESS + (thickness - LEAST_THICKNESS) * widths[:, 0]) / 2
+    directions = jnp.stack([jnp.sin(2 * jnp.pi * turns), jnp.cos(2 * jnp.pi * turns)], axis=-1)
+    moves = LENGTH * lengths[..., None] * directions
+    points = [starts * sides[None]]
     for i in range(PIECES):  # a brush does not leave the picture
         points.append(jnp.clip(points[-1] + moves[:, i], 0, sides[None]))
     points = jnp.stack(points, axis=1)
@@ -96,15 +107,10 @@ def _strokes(key: Key[Array, ""], size: tuple[int, int], thickness: float) -> Bo
         return mask | ((jnp.sum(away**2, -1) < radius**2) & counts), None
 
     of_each = lambda values: jnp.repeat(values, PIECES)  # noqa: E731
-    starts, ends = points[:, :-1].reshape(-1, 2), points[:, 1:].reshape(-1, 2)
-    return jax.lax.scan(drawn, jnp.zeros(size, bool), (starts, ends, of_each(radii), of_each(_first(of_number))))[0]
+    begins, ends = points[:, :-1].reshape(-1, 2), points[:, 1:].reshape(-1, 2)
+    return jax.lax.scan(drawn, jnp.zeros(size, bool), (begins, ends, of_each(radii), of_each(there)))[0]
 
 
 def _centres(length: int) -> Float[Array, " length"]:
     """Of pixels, in pixels."""
     return jnp.arange(length, dtype=jnp.float32) + 0.5
-
-
-def _first(key: Key[Array, ""]) -> Bool[Array, " most"]:
-    """Which of the rectangles or strokes there are: the first 1 to MOST."""
-    return jnp.arange(MOST) <= jax.random.randint(key, (), 0, MOST)

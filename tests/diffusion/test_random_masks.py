@@ -12,8 +12,8 @@ MIX = Mix(rectangles=1.0, strokes=2.0, whole=1.0, side=0.6, thickness=0.25)
 draw = jax.jit(random_masks, static_argnums=(1, 2, 3))
 
 
-def only(**kinds):
-    return draw(image_keys(0, 64), 3, SIZE, MIX._replace(rectangles=0.0, strokes=0.0, whole=0.0, **kinds))[..., 0]
+def only(rectangles=0.0, strokes=0.0, whole=0.0, side=0.6, thickness=0.25):
+    return np.asarray(draw(image_keys(0, 64), 3, SIZE, Mix(rectangles, strokes, whole, side, thickness)))[..., 0]
 
 
 def test_a_mask_is_its_key_s_alone():
@@ -30,17 +30,15 @@ def test_whole_hides_all():
 
 def test_rectangles_are_unions_of_one_to_four():
     """So no more than 4 runs begin in a row, and along a side of theirs nothing changes."""
-    masks = np.asarray(only(rectangles=1.0))
+    masks = only(rectangles=1.0)
     begins = masks[:, :, :1].sum(2) + (np.diff(masks, axis=2) == 1).sum(2)
     assert begins.max() in (2, 3, 4) and (masks.any((1, 2))).all()
     assert 0.15 < masks.mean() < 0.45
-    lone = draw(image_keys(0, 64), 3, SIZE, Mix(1.0, 0.0, 0.0, 0.1, 0.25))[..., 0]  # each a tenth of a side
-    assert (np.asarray(lone).sum((1, 2)) <= 4 * 3 * 4).all()
+    assert (only(rectangles=1.0, side=0.1).sum((1, 2)) <= 4 * 3 * 5).all()  # each a tenth of a side
 
 
 def test_strokes_are_round_and_as_thick_as_said():
-    thin, thick = (np.asarray(only(strokes=1.0)), None)
-    thick = np.asarray(draw(image_keys(0, 64), 3, SIZE, Mix(0.0, 1.0, 0.0, 0.6, 1.0))[..., 0])
+    thin, thick = only(strokes=1.0), only(strokes=1.0, thickness=1.0)
     assert (thick >= thin).all() and thick.mean() > 1.5 * thin.mean()  # the same paths
     inner = thin.copy()
     for axis in (1, 2):  # what is left where 7 pixels in a row are hidden: strokes are 6 of 24 thick at most

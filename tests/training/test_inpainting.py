@@ -59,13 +59,14 @@ def keys_of(batch):
     return noise.example_keys(jax.random.key(0), 3, jnp.asarray(batch["slot"]))
 
 
-def loss_of(context, batch):
-    return METHOD.loss(context, restated.PARAMS, jax.tree.map(jnp.asarray, batch), keys_of(batch))[0]
+def masks_of(config, batch, keys):
+    return np.asarray(jax.jit(lambda keys: inpainting.masks_of(config, batch["pixels"], keys))(keys))
 
 
-def test_loss_is_the_formula():
+def test_loss_is_the_formula_and_draws_by_the_place_in_the_global_batch():
     context = context_of()
-    masks = np.asarray(inpainting.masks_of(context.config, BATCH["pixels"], keys_of(BATCH)))
+    loss_of = jax.jit(lambda batch: METHOD.loss(context, restated.PARAMS, batch, keys_of(batch))[0])
+    masks = masks_of(context.config, BATCH, keys_of(BATCH))
     assert 0.1 < masks.mean() < 0.9
     kept = (BATCH["pixels"] / 127.5 - 1) * (1 - masks)
     kept = kept.reshape(8, 6, 4, 10, 4, 3).mean((2, 4)) * context.networks.spec.vae.scaling_factor
@@ -73,15 +74,10 @@ def test_loss_is_the_formula():
     seen = np.concatenate([masks[:, ::4, ::4], kept, ones], -1)
     beside = np.sum(seen * np.arange(1, 6), -1, keepdims=True)
     error, weight, _ = restated.errors(jax.random.fold_in(jax.random.key(0), 3), BATCH, context, beside=beside)
-    np.testing.assert_allclose(loss_of(context, BATCH), np.mean(error * weight), rtol=1e-6)
-
-
-def test_a_part_of_the_batch_draws_what_the_whole_does():
-    """And so does a step that is taken again."""
-    context = context_of()
-    halves = [float(loss_of(context, {name: value[i::2] for name, value in BATCH.items()})) for i in range(2)]
-    np.testing.assert_allclose(np.mean(halves), loss_of(context, BATCH), rtol=1e-6)
-    assert halves[0] != halves[1]
+    np.testing.assert_allclose(loss_of(BATCH), np.mean(error * weight), rtol=1e-6)
+    moved = {name: np.roll(value, 3, axis=0) for name, value in BATCH.items()}
+    np.testing.assert_allclose(loss_of(moved), loss_of(BATCH), rtol=1e-6)
+    assert abs(loss_of({**moved, "slot": BATCH["slot"]}) - loss_of(BATCH)) > 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +99,10 @@ def test_it_begins_as_what_it_came_from_and_is_shown_what_sampling_shows(pipe):
     pixels, config = RNG.integers(0, 256, (2, 16, 16, 3)).astype(np.uint8), training_defaults("inpainting")
     config.inpainting.whole = 0.0
     keys = noise.image_keys(0, 2)
-    shown = inpainting._show(Context(widened.networks, config, None), params, {"pixels": pixels}, keys, (8, 8))
-    masks = np.asarray(inpainting.masks_of(config, pixels, keys))
-    start = inpaint.start_of(widened, Recipe(), pixels, masks)
-    np.testing.assert_allclose(shown.channels, start.concat, atol=1e-5)
+    context, batch = Context(widened.networks, config, None), {"pixels": pixels}
+    shown = jax.jit(lambda keys: inpainting._show(context, params, batch, keys, (8, 8)).channels)(keys)
+    start = inpaint.start_of(widened, Recipe(), pixels, masks_of(config, batch, keys))
+    np.testing.assert_allclose(shown, start.concat, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -147,13 +143,14 @@ def test_a_run_widens_a_model_that_then_inpaints(base, tmp_path):  # noqa: F811
     assert (made[0, 8:] == 0).all() and made[0, :8].any()
 
 
-# --- A ControlNet that redraws -----------------------------------------------------------------------------------------
+# --- A ControlNet that redraws ---------------------------------------------------------------------------------------
 
 
 def test_hints_are_pictures_with_a_part_hidden():
     config = training_defaults("controlnet")
     config.control.hint_key = "inpaint"
     context = Context(None, config, None)
-    seen = control._hinted(lambda context, params, batch, keys: batch["hint"])(context, {}, BATCH, keys_of(BATCH))
-    masks = np.asarray(inpainting.masks_of(config, BATCH["pixels"], keys_of(BATCH)))
+    hinted = control._hinted(lambda context, params, batch, keys: batch["hint"])
+    seen = jax.jit(lambda keys: hinted(context, {}, BATCH, keys))(keys_of(BATCH))
+    masks = masks_of(config, BATCH, keys_of(BATCH))
     np.testing.assert_allclose(seen, apply("inpaint", BATCH["pixels"], mask=masks[..., 0]), atol=1e-6)
