@@ -32,9 +32,9 @@ def test_what_it_is_told_is_what_sampling_tells_or_zeros():
     side = TINY_EYES.vision_config.image_size
     pixels = np.random.default_rng(0).integers(0, 256, (4, side, side, 3)).astype(np.uint8)
     pipe = Pipeline(TOLD, {"image_encoder": vision_of(CLIP.of(TINY_EYES).init(jax.random.key(0)))})
-    config = training_defaults("full")
+    batch, config = {"pixels": jnp.asarray(pixels)}, training_defaults("full")
     config.diffusion.caption_dropout = 0.5
-    tell = jax.jit(lambda keys: conditioning.conditioning(context, pipe.params, {"pixels": pixels}, keys).context)
+    tell = jax.jit(lambda keys: conditioning.conditioning(context, pipe.params, batch, keys).context)
     context = Context(pipe.networks, config, None)
     told = np.asarray(tell(jax.vmap(jax.random.key)(jnp.arange(4, dtype=jnp.uint32))))
     dropped = (told == 0).all((1, 2))
