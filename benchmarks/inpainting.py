@@ -8,11 +8,15 @@ where `train` stands for `python train.py` and the config lies in configs/; meas
 
 In pictures of two things, one is masked, a box 4 pixels around it, and a prompt of the whole picture asks for another
 colour, or another shape, in its place (`job_effects.repaint`). The bundled model keeps the rest by masking what it
-walks on; the trained one is shown it. `named`: what is redrawn has the prompt's colour and shape. `outside` and
-`border` are mean distances, of 255 levels, from the picture that was given, before known pixels are put back: outside
-of the mask, and at the two pixels inside its border, where there was background and should be again. "the autoencoder"
-is the picture itself, in and out. "strokes" are drawn over pictures whose own prompt is given: `distance` is the mean
-under them from the picture as it was, `relation` that both things are read right, each in its place. 20 steps of dpmpp_2m at guidance 2.5, strength 1, the same noise in every row.
+walks on; the trained one is shown it.
+
+    named     what is redrawn has the prompt's colour and shape; `other`: the other thing is as before
+    outside   mean distance, of 255 levels, from the picture that was given, before known pixels are put back
+    border    the same at the two pixels inside the mask's border, where there was background and should be again
+
+"the autoencoder" is the picture itself, in and out. "strokes" are drawn over pictures whose own prompt is given:
+`distance` is the mean under them from the picture as it was, `relation` that both things are read right, each in its
+place. 20 steps of dpmpp_2m at guidance 2.5, strength 1, the same noise in every row.
 """
 
 import argparse

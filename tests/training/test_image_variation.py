@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from configs import image_variation as configs
 from sd_jax.checkpoints.clip import vision_of
 from sd_jax.config import training_defaults
+from sd_jax.diffusion.noise import image_keys
 from sd_jax.media import decode_image
 from sd_jax.models.clip import CLIP
 from sd_jax.sampling.pipeline import Pipeline, load
@@ -30,15 +31,15 @@ TOLD = SPEC.told_pictures(TINY_EYES)
 
 def test_what_it_is_told_is_what_sampling_tells_or_zeros():
     side = TINY_EYES.vision_config.image_size
-    pixels = np.random.default_rng(0).integers(0, 256, (4, side, side, 3)).astype(np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (12, side, side, 3)).astype(np.uint8)
     pipe = Pipeline(TOLD, {"image_encoder": vision_of(CLIP.of(TINY_EYES).init(jax.random.key(0)))})
     batch, config = {"pixels": jnp.asarray(pixels)}, training_defaults("full")
     config.diffusion.caption_dropout = 0.5
     tell = jax.jit(lambda keys: conditioning.conditioning(context, pipe.params, batch, keys).context)
     context = Context(pipe.networks, config, None)
-    told = np.asarray(tell(jax.vmap(jax.random.key)(jnp.arange(4, dtype=jnp.uint32))))
+    told = np.asarray(tell(image_keys(0, 12)))
     dropped = (told == 0).all((1, 2))
-    assert told.shape == (4, 1, TINY_EYES.projection_dim) and 0 < dropped.sum() < 4
+    assert told.shape == (12, 1, TINY_EYES.projection_dim) and 0 < dropped.sum() < 12
     wanted = np.asarray(pipe.encode_pictures(list(pixels)).context)
     np.testing.assert_allclose(told[~dropped], wanted[~dropped], atol=1e-5)
 
