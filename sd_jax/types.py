@@ -139,6 +139,7 @@ class Recipe:
     upscaler: str = "bislerp"  # hires_fix: nearest, bilinear, bicubic or bislerp on latents, lanczos on the picture
     noise_level: int | None = None  # upscale: timesteps of noise that the small picture gets, 0 to 350; 20
     tile: int | None = None  # pixels: denoise in overlapping tiles of this size; None = the whole at once
+    tile_prompts: tuple[str, ...] | None = None  # of the tiles, row by row; "" and None = the prompt
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

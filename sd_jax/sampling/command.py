@@ -260,6 +260,7 @@ def _hashes(
     for prompt in prompts if adapter_folder else []:
         found |= adapters.hashes_of_tags(prompt, adapter_folder)
     asked = [*prompts, *(batch.recipe.negative_prompt for batch in work), *(each["tag"] for each in worn)]
+    asked += itertools.chain.from_iterable(batch.recipe.tile_prompts or () for batch in work)
     return asked_for(found, "\n".join(asked))
 
 

@@ -38,7 +38,7 @@ _NAMES = {(5, 6): "SDXL and its refiner", (6,): "SDXL", (5,): "SDXL's refiner"}
 class Rows(NamedTuple):
     """What each picture is told, or each part of its prompt (parts of a picture next to each other)."""
 
-    texts: Int[AnyArray, "rows calls"]  # which of the table
+    texts: Int[AnyArray, "rows *tiles calls"]  # which of the table; of each tile, where tiles have prompts
     time_ids: Float[AnyArray, "rows numbers"] | None
     guidance_scale: Float[AnyArray, " rows"] | None
     class_labels: Int[AnyArray, " rows"] | None
@@ -66,6 +66,12 @@ def of_call(table: Conditioning, rows: Rows, call: Int[Array, ""]) -> Conditioni
     return Conditioning(jnp.asarray(table.context)[at], pooled, rows.time_ids, rows.class_labels, rows.guidance_scale)
 
 
+def of_tile(rows: Rows, number: Int[Array, ""] | int) -> Rows:
+    """What tile number `number` is told."""
+    texts = jnp.asarray(rows.texts)
+    return rows if texts.ndim == 2 else rows._replace(texts=texts[:, number])
+
+
 def tell(
     pipe: "Pipeline",
     prompts: Sequence[str],
@@ -80,12 +86,15 @@ def tell(
 ) -> Told:
     """Raises ValueError, naming the field, for what this model cannot be told."""
     encoded = functools.partial(_encoded, pipe, recipe, calls, base_calls)
-    positive = encoded(prompts, conditioning)
+    tiles = recipe.tile_prompts or ("",)  # all pictures of the first tile, then all of the second, ...
+    positive = encoded([text or prompt for text in tiles for prompt in prompts], conditioning)
+    if recipe.tile_prompts and (conditioning is not None or not positive.is_single):
+        raise ValueError("tile_prompts= goes with neither conditioning= nor AND: leave one of them out")
     if conditioning is None:
         positive = positive.repeat(recipe.batch_size)
-    if pictures is not None and len(positive.index) == 1:
+    if pictures is not None and len(positive.index) == len(tiles):
         positive = positive.repeat(pictures)
-    batch = len(positive.index)
+    batch = len(positive.index) // len(tiles)
     negative = None
     imitates = pipe.spec.unet.time_cond_proj_dim is not None  # guidance, and so needs none
     if (float(recipe.guidance_scale) != 1.0 and not imitates) or not positive.is_single:
@@ -107,10 +116,11 @@ def tell(
     ids = time_ids(pipe.spec, recipe, *size)
     ids = [_rows_of(own, given) for own, given in zip(ids, (conditioning, negative_conditioning), strict=True)]
     scale = recipe.guidance_scale if imitates else None
+    rows = functools.partial(_rows, batch=batch, tiles=len(tiles) if recipe.tile_prompts else None)
     return Told(
         table,
-        _rows(positive, 0, ids[0], scale, class_label),
-        None if negative is None else _rows(negative, len(positive.contexts), ids[1], scale, class_label),
+        rows(positive, 0, ids[0], scale, class_label),
+        None if negative is None else rows(negative, len(positive.contexts), ids[1], scale, class_label),
         None if positive.is_single else np.asarray(positive.weights),
     )
 
@@ -171,11 +181,14 @@ def _encoded(pipe, recipe, calls, base_calls, prompts, conditioning, negative=Fa
     return encoded if pooled_is_read else encoded.replace(pooled=None)
 
 
-def _rows(encoded: EncodedPrompt, offset: int, ids, scale, label) -> Rows:
+def _rows(encoded: EncodedPrompt, offset: int, ids, scale, label, batch: int, tiles: int | None) -> Rows:
     index = np.asarray(encoded.index, np.int32)
     texts = index.reshape(-1, index.shape[-1]) + np.int32(offset)
+    if tiles is not None:
+        texts = texts.reshape(-1, batch, texts.shape[-1])  # the negative prompt is one for all tiles
+        texts = np.broadcast_to(texts, (tiles, *texts.shape[1:])).swapaxes(0, 1)
     if ids is not None:
-        ids = np.broadcast_to(ids, (len(index), ids.shape[-1])).repeat(encoded.parts, axis=0)
+        ids = np.broadcast_to(ids, (batch, ids.shape[-1])).repeat(encoded.parts, axis=0)
     scale, label = (
         None if value is None else np.full(len(texts), value, dtype)
         for value, dtype in ((scale, np.float32), (label, np.int32))

@@ -35,10 +35,11 @@ from sd_jax.diffusion.samplers_ode import SamplerOptions
 from sd_jax.models.clip import CLIP
 from sd_jax.models.networks import Networks
 from sd_jax.sampling import adapters, control
-from sd_jax.sampling.conditioning import Rows, Told, of_call, tell
+from sd_jax.sampling.conditioning import Rows, Told, of_call, of_tile, tell
 from sd_jax.sampling.control import Hint, Seen, Steered
 from sd_jax.sampling.image_prompt import in_place_of_text, show
 from sd_jax.sampling.tiles import tiled_denoiser
+from sd_jax.tiles import lay_tiles
 from sd_jax.types import AnyArray, Conditioning, Latents, Params, Recipe
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def denoise(
     models = [pipe] if refiner is None else [pipe, refiner]
     for model in models:
         _check_channels(model, start)
-    tile = _tile(pipe, recipe)
+    tile = _tile(pipe, recipe, start)
     for hint in given.control:
         hint.control.check_fits(pipe, start.size, tile)
     row = samplers.sampler_named(recipe.sampler)
@@ -337,14 +338,24 @@ def _for_each(array, batch, name):
     return jnp.broadcast_to(array, (batch, *array.shape[1:]))
 
 
-def _tile(pipe, recipe) -> int | None:
-    """The side of a tile in latents."""
+def _tile(pipe, recipe, start) -> int | None:
+    """The side of a tile in latents. Raises ValueError where it, or the number of prompts for tiles, cannot be."""
+    prompts = recipe.tile_prompts or ()
     if recipe.tile is None:
+        if prompts:
+            raise ValueError("tile_prompts= is for the tiles of tile=: give both, or leave it out")
         return None
     factor = pipe.spec.vae.downscale
     if recipe.tile < 4 * factor or recipe.tile % factor:
         raise ValueError(f"tile={recipe.tile}: a multiple of {factor} pixels is needed, at least {4 * factor}")
-    return recipe.tile // factor
+    tile = recipe.tile // factor
+    if prompts:
+        corners = lay_tiles(*start.size, tile).corners
+        rows = len({top for top, _ in corners})
+        if len(prompts) != len(corners):
+            laid = f"{rows} rows of {len(corners) // rows}"
+            raise ValueError(f"tile_prompts= holds {len(prompts)}, and here are {len(corners)} tiles, {laid}")
+    return tile
 
 
 # -- The walk --------------------------------------------------------------------------------------------------------
@@ -437,9 +448,9 @@ def _walk(
         unet = adapters.wearing(networks, run.adapters, call[...], shown.rows.pictures).unet
         return unet.apply({"params": params}, model_input, timesteps, conditioning, added)
 
-    def of_place(shown: _Shown, of_tile) -> _Shown:
-        seen = tuple(each._replace(read=of_tile(each.read)) for each in shown.seen)
-        return shown._replace(concat=None if shown.concat is None else of_tile(shown.concat), seen=seen)
+    def of_place(shown: _Shown, cut, number) -> _Shown:
+        seen = tuple(each._replace(read=cut(each.read)) for each in shown.seen)
+        return _Shown(of_tile(shown.rows, number), None if shown.concat is None else cut(shown.concat), seen)
 
     model = make_denoiser(predict, networks.spec.noise_schedule)
     if tile is not None:

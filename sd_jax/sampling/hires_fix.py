@@ -31,6 +31,7 @@ def hires_fix(
 ) -> np.ndarray:
     """The job behind `Pipeline.hires_fix`, whose docstring says what the arguments are."""
     first, second, again = _passes(pipe, recipe)
+    recipe = dataclasses.replace(recipe, tile_prompts=None)  # those are for the tiles of the large picture
     small = denoise(pipe, prompt, recipe, first, given, callback, clip=clip)
     if recipe.upscaler == "lanczos" or enlarger is not None:
         factor = pipe.spec.vae.downscale

@@ -460,7 +460,9 @@ class Pipeline:
         for name, jobs in JOBS_OF_FIELD.items():
             if job not in jobs and fields.get(name, getattr(Recipe, name)) != getattr(Recipe, name):
                 raise ValueError(f"{name}={fields[name]!r} is for {' and '.join(jobs)}, not for {job}: leave it out")
-        recipe = Recipe(**fields)
+        if isinstance(fields.get("tile_prompts"), str):
+            raise ValueError(f"tile_prompts={fields['tile_prompts']!r} is one text: give a list, for each tile its own")
+        recipe = Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
         if (clip is None) != (recipe.clip_guidance_scale is None):
             raise ValueError("clip= guides as far as clip_guidance_scale= says: give both or neither")
         if clip is None and recipe.clip_guidance_clamp is not None:

@@ -48,6 +48,8 @@ def kind_of(field: str) -> tuple[type, bool]:
 def wanted(field: str) -> str:
     """What a person may type for it, in words."""
     kind, optional = kind_of(field)
+    if field == "tile_prompts":
+        return "text || text || ... or none"
     return (",".join(_NUMBERS[field]) if kind is tuple else _WANTED[kind]) + (" or none" if optional else "")
 
 
@@ -65,6 +67,8 @@ def read_value(field: str, text: str) -> Any:
     kind, optional = kind_of(field)
     if optional and text.strip().lower() == "none":
         return None
+    if field == "tile_prompts":
+        return tuple(prompt.strip() for prompt in text.split("||"))
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.strip().lower()]

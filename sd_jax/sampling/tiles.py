@@ -91,31 +91,33 @@ def tiled_denoiser(
     denoise: ConditionedDenoise,
     tile: int,
     overlap: int | None = None,  # None = a quarter of the tile
-    cut: Callable[[Any, Callable], Any] | None = None,  # None = every tile is told the same
+    cut: Callable[[Any, Callable, Any], Any] | None = None,  # None = every tile is told the same
 ) -> ConditionedDenoise:
     """The same denoiser on a large canvas, tile after tile, joined at every call (Eq. 1).
 
-    `cut(conditioning, of_tile)` is for conditioning that belongs to places: what a tile is told, where
-    `of_tile(maps [batch, height, width, c])` cuts arrays of the latents' size as the latents are cut.
+    `cut(conditioning, of_tile, number)` is for conditioning that belongs to places: what a tile is told, where
+    `of_tile(maps [batch, height, width, c])` cuts arrays of the latents' size as the latents are cut, and `number`
+    counts tiles from 0, row by row.
     """
 
     def tiled(x: Float[Array, "batch height width channels"], sigma: Float[Array, "..."], conditioning=None) -> Array:
         sides, corners, shares = lay_tiles(*x.shape[1:3], tile, overlap)
         if len(corners) == 1:
-            return denoise(x, sigma, conditioning)
+            return denoise(x, sigma, conditioning if cut is None else cut(conditioning, lambda maps: maps, 0))
 
         def add(total, at):
-            (top, left), share = at
+            (top, left), share, number = at
 
             def of_tile(maps):
                 return jax.lax.dynamic_slice(maps, (0, top, left, 0), (maps.shape[0], *sides, maps.shape[3]))
 
-            told = conditioning if cut is None else cut(conditioning, of_tile)
+            told = conditioning if cut is None else cut(conditioning, of_tile, number)
             part = denoise(of_tile(x), sigma, told).astype(x.dtype) * share[None]
             return jax.lax.dynamic_update_slice(total, of_tile(total) + part, (0, top, left, 0)), None
 
         tops, lefts = (jnp.asarray(starts, jnp.int32) for starts in zip(*corners, strict=True))
-        total, _ = jax.lax.scan(add, jnp.zeros_like(x), ((tops, lefts), jnp.asarray(shares, x.dtype)))
+        each = (tops, lefts), jnp.asarray(shares, x.dtype), jnp.arange(len(corners))
+        total, _ = jax.lax.scan(add, jnp.zeros_like(x), each)
         return total
 
     return tiled

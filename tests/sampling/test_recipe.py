@@ -59,6 +59,8 @@ def test_every_default_is_of_its_kind():
         ("extend", "none", None),
         ("original_size", "768,1024", (768, 1024)),
         ("crops_coords_top_left", "(0, 8)", (0, 8)),  # as --help shows it
+        ("tile_prompts", "a red circle, large || || [a|b]", ("a red circle, large", "", "[a|b]")),
+        ("tile_prompts", "none", None),
     ],
 )
 def test_values(field, text, value):

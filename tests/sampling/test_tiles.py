@@ -9,8 +9,10 @@ import sd_jax
 from sd_jax.models.families import SD15
 from sd_jax.models.networks import Networks
 from sd_jax.models.presets import TINY
-from sd_jax.sampling import tiles
+from sd_jax.sampling import denoising, tiles
+from sd_jax.sampling.pipeline import Pipeline
 from sd_jax.tiles import lay_tiles, window
+from tests.sampling.conftest import ONE_LEVEL, random_params
 from tests.test_tiles import layouts
 
 RNG = np.random.default_rng(0)
@@ -170,10 +172,87 @@ def test_conditioning_that_belongs_to_places_is_cut_like_the_latents():
         assert hint.shape == (1, *x.shape[1:3], 1) and rest.shape == (2,)
         return x * hint + rest[:, None, None, None]
 
-    def cut(told, of_tile):
+    def cut(told, of_tile, number):
         return of_tile(told[0]), told[1]
 
     x = jnp.asarray(RNG.standard_normal((2, 9, 11, 4)), jnp.float32)
     told = jnp.asarray(RNG.standard_normal((1, 9, 11, 1)), jnp.float32), jnp.asarray([1.0, 2.0])
     tiled = jax.jit(tiles.tiled_denoiser(with_hint, 5, 2, cut))(x, jnp.asarray(1.0), told)
     np.testing.assert_allclose(tiled, with_hint(x, jnp.asarray(1.0), told), atol=1e-6)
+
+
+# -- A prompt for each tile --------------------------------------------------------------------------------------------
+
+STEP = {"output": "latents", "seed": 3, "steps": 1, "guidance_scale": 3.0}
+
+
+@pytest.fixture(scope="module")
+def pipe(tokenizer):
+    return Pipeline(ONE_LEVEL, random_params(ONE_LEVEL), tokenizer)
+
+
+@pytest.fixture
+def two_tiles(pipe):
+    """Beside each other: columns 0 to 2, and 4 to 6, are of one of them alone."""
+    side = pipe.spec.vae.downscale
+    return {"width": 7 * side, "height": 4 * side, "tile": 4 * side}
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Jobs walk on the spot and no U-Net is compiled. The list holds what each walk was told."""
+    walks = []
+
+    def stand(params, run, carry, first, last, **static):
+        walks.append(run.told)
+        return carry
+
+    monkeypatch.setattr(denoising, "_walk", stand)
+    return walks
+
+
+def test_each_tile_is_told_its_own_prompt(pipe, two_tiles, caplog):
+    draw = functools.partial(pipe.text_to_image, **two_tiles, **STEP)
+    star, circle = draw("a star"), draw("a red circle")
+    assert np.abs(star - circle).max() > 1e-4
+    made = draw("a star", tile_prompts=("a red circle", ""))
+    np.testing.assert_array_equal(made[:, :, :3], circle[:, :, :3])
+    np.testing.assert_array_equal(made[:, :, 4:], star[:, :, 4:])
+    with jax.log_compiles(True), caplog.at_level("WARNING"):
+        swapped = draw("a red circle", tile_prompts=("a star", "a red circle"))
+    assert not [r for r in caplog.records if "Finished XLA compilation" in r.getMessage()]  # nor for any other text
+    np.testing.assert_array_equal(swapped[:, :, :3], star[:, :, :3])
+    np.testing.assert_array_equal(swapped[:, :, 4:], circle[:, :, 4:])
+
+
+def test_tiles_of_a_batch_are_told_alike_where_they_have_a_prompt(pipe, two_tiles, told):
+    pipe.text_to_image(["a star", "a square"], batch_size=2, tile_prompts=["", "a red circle"], **two_tiles, **STEP)
+    rows = [np.asarray(each.texts) for each in (told[0].positive, told[0].negative)]
+    assert told[0].batch == 4 and [each.shape for each in rows] == [(4, 2, 1), (4, 2, 1)]
+    texts = ("a star", "a square", "a red circle", "")
+    star, square, circle, empty = (pipe.encode_prompts([text]).context[0] for text in texts)
+    wanted = [[star, circle], [star, circle], [square, circle], [square, circle]]
+    np.testing.assert_array_equal(told[0].table.context[rows[0][..., 0]], wanted)
+    np.testing.assert_array_equal(told[0].table.context[rows[1][..., 0]], [[empty] * 2] * 4)
+
+
+def test_hires_fix_tells_tiles_of_the_large_picture_alone(pipe, two_tiles, told):
+    side = pipe.spec.vae.downscale
+    small = {**two_tiles, **STEP, "height": 2 * side, "width": 3 * side}
+    pipe.hires_fix("", scale=2.0, strength=1.0, upscaler="nearest", tile_prompts=("a star", "a square"), **small)
+    assert [np.shape(each.positive.texts) for each in told] == [(1, 1), (1, 2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tile_prompts": ("a",) * 3}, "tile_prompts= holds 3, and here are 2 tiles, 1 rows of 2"),
+        ({"tile_prompts": ("a", "b"), "tile": None}, "tile_prompts= is for the tiles of tile=: give both"),
+        ({"tile_prompts": "ab"}, "tile_prompts='ab' is one text: give a list"),
+        ({"tile_prompts": ("a AND b", "c")}, "tile_prompts= goes with neither conditioning= nor AND"),
+    ],
+)
+def test_prompts_that_tiles_cannot_have(pipe, two_tiles, fields, words):
+    with pytest.raises(ValueError, match=words) as refused:
+        pipe.text_to_image("a star", **{**two_tiles, **STEP, **fields})
+    assert "\n" not in str(refused.value)
