@@ -36,7 +36,8 @@ def hires_fix(
     if recipe.upscaler == "lanczos" or enlarger is not None:
         factor = pipe.spec.vae.downscale
         sides = (side * factor for side in second.size)
-        clean = encoded(pipe, enlarged(pipe.finish(small, "images"), *sides, enlarger, recipe.tile))
+        pixels = pipe.finish(small, "images", recipe.tile)
+        clean = encoded(pipe, enlarged(pixels, *sides, enlarger, recipe.tile), recipe.tile)
     else:
         clean = resize_latents(small, *second.size, recipe.upscaler)
     if callback is not None:
@@ -44,7 +45,7 @@ def hires_fix(
         callback = lambda step, x, denoised: told(walked + step, x, denoised)  # noqa: E731
     given = given._replace(latents=None, draws=None)  # which have the first size
     latents = denoise(pipe, prompt, again, second._replace(clean=clean), given, callback, clip=clip)
-    return pipe.finish(latents, output)
+    return pipe.finish(latents, output, recipe.tile)
 
 
 def count_both(pipe: "Pipeline", recipe: "Recipe") -> int:

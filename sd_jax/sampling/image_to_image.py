@@ -30,7 +30,7 @@ def image_to_image(
         if pipe.spec.unet.in_channels != pipe.spec.vae.latent_channels + 1:
             raise ValueError("depth= is for models that see depth, which this one does not: leave it out")
         start = start._replace(concat=canvas.latent_depth(canvas.read_depth(depth), *start.size))
-    return pipe.finish(denoise(pipe, prompt, recipe, start, given, callback, clip=clip), output)
+    return pipe.finish(denoise(pipe, prompt, recipe, start, given, callback, clip=clip), output, recipe.tile)
 
 
 def start_of(pipe: "Pipeline", recipe: "Recipe", image) -> Start:
@@ -38,9 +38,9 @@ def start_of(pipe: "Pipeline", recipe: "Recipe", image) -> Start:
     pixels = canvas.read_pixels(image)
     size = canvas.fit_size(*size_of(recipe, *pixels.shape[1:3]), pipe.spec.vae.downscale)
     pixels = canvas.resize(pixels, *size)
-    clean = encoded(pipe, pixels)
+    clean = encoded(pipe, pixels, recipe.tile)
     return Start(clean.shape[1:3], clean, STRENGTH if recipe.strength is None else recipe.strength)
 
 
-def encoded(pipe: "Pipeline", pixels) -> Latents:
-    return pipe.encode_image(to_image(pixels))
+def encoded(pipe: "Pipeline", pixels, tile: int | None) -> Latents:
+    return pipe.encode_image(to_image(pixels), tile)

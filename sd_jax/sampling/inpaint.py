@@ -37,7 +37,7 @@ def inpaint(
         return pipe.finish(latents, output)
 
     # Put it back
-    drawn = canvas.resize(pipe.finish(latents, output), box.height, box.width)
+    drawn = canvas.resize(pipe.finish(latents, output, recipe.tile), box.height, box.width)
     whole = np.repeat(pixels, len(drawn) // len(pixels), axis=0)
     mask = np.repeat(mask, len(whole) // len(mask), axis=0)
     box.of(whole)[:] = canvas.composite(drawn, box.of(whole), box.of(mask))
@@ -76,12 +76,12 @@ def _worked_on(pipe, recipe, pixels, mask) -> tuple[canvas.Box, "Pixels", canvas
 
 def _start(pipe, recipe, pixels, mask) -> Start:
     image = to_image(pixels)
-    clean = pipe.encode_image(image)
+    clean = pipe.encode_image(image, recipe.tile)
     factor = pipe.spec.vae.downscale
     small_mask, concat = jnp.asarray(canvas.latent_mask(mask, factor)), None
     if pipe.spec.unet.in_channels == 2 * pipe.spec.vae.latent_channels + 1:
         redrawn = (mask >= 0.5).astype(np.float32)
-        concat = beside_latents(redrawn, pipe.encode_image(without_masked(image, redrawn)))
+        concat = beside_latents(redrawn, pipe.encode_image(without_masked(image, redrawn), recipe.tile))
         small_mask = None
     strength = STRENGTH if recipe.strength is None else recipe.strength
     from_noise = strength >= 1 and recipe.strength_steps == "diffusers"  # the others add noise to the picture

@@ -31,7 +31,7 @@ from sd_jax.sampling.conditioning import refuse_untold, time_ids
 from sd_jax.sampling.control import Hint
 from sd_jax.sampling.denoising import Given, Start, check_finite, count_walked
 from sd_jax.sampling.image_prompt import ImageEncoder
-from sd_jax.sampling.tiles import choose_tile, decode_tiled, encode_tiled
+from sd_jax.sampling.tiles import FLAT, choose_tile, decode_tiled, encode_tiled
 from sd_jax.types import AnyArray, Conditioning, Image, Latents, Params, Pixels, Recipe, TokenIds
 
 # The fields that only some jobs read
@@ -222,28 +222,30 @@ class Pipeline:
         latents, timesteps = jnp.asarray(latents), jnp.asarray(timesteps)
         return _predict(self._part("unet"), self.networks, latents, timesteps, conditioning, on)
 
-    def encode_image(self, image: Image | Pixels) -> Latents:
+    def encode_image(self, image: Image | Pixels, tile: int | None = None) -> Latents:
         """uint8 pixels, or floats in [-1, 1], NHWC -> scaled latents, the mean of the posterior.
 
-        This and `decode_latents` work in overlapping tiles where memory would not do for the whole.
+        This and `decode_latents` work in overlapping tiles where memory would not do for the whole; with `tile`, that
+        of a recipe, also where a picture is larger than it and than 1024 pixels (`tiles.FLAT`).
         """
         encode = functools.partial(_encode_image, self._part("vae"), self.networks)
-        tile = self._tile_for(image.shape[0], *image.shape[1:3])
+        tile = self._tile_for(image.shape[0], *image.shape[1:3], tile)
         if tile is None:
             return encode(jnp.asarray(image))
         return jnp.asarray(encode_tiled(encode, image, self.spec.vae.downscale, tile))
 
-    def decode_latents(self, latents: Latents) -> Image:
+    def decode_latents(self, latents: Latents, tile: int | None = None) -> Image:
         """Scaled latents -> image, about [-1, 1], float32, not clipped."""
         decode = functools.partial(_decode_latents, self._part("vae"), self.networks)
         factor = self.spec.vae.downscale
-        tile = self._tile_for(latents.shape[0], *(side * factor for side in latents.shape[1:3]))
+        tile = self._tile_for(latents.shape[0], *(side * factor for side in latents.shape[1:3]), tile)
         return (
             decode(jnp.asarray(latents)) if tile is None else jnp.asarray(decode_tiled(decode, latents, factor, tile))
         )
 
-    def _tile_for(self, batch: int, height: int, width: int) -> int | None:
-        return choose_tile(self.spec.vae, height, width, batch, hardware.free_memory())
+    def _tile_for(self, batch: int, height: int, width: int, tile: int | None) -> int | None:
+        most = None if tile is None else max(tile, FLAT)
+        return choose_tile(self.spec.vae, height, width, batch, hardware.free_memory(), most)
 
     # --- Jobs --------------------------------------------------------------------------------------------------------
     #
@@ -440,11 +442,11 @@ class Pipeline:
         """The noise levels that a job walks down, [steps + 1], descending, float32."""
         return schedules.make_ladder(schedule, steps, self.spec.noise_schedule, sampler).sigmas
 
-    def finish(self, latents: Latents, output: str = "images") -> np.ndarray:
-        """What a job returns for its latents."""
+    def finish(self, latents: Latents, output: str = "images", tile: int | None = None) -> np.ndarray:
+        """What a job returns for its latents. tile: the recipe's."""
         if output == "latents":
             return np.asarray(latents)
-        pixels, finite = _to_pixels(self.decode_latents(latents))
+        pixels, finite = _to_pixels(self.decode_latents(latents, tile))
         check_finite(finite, "decoding by the autoencoder")
         return np.asarray(pixels)
 

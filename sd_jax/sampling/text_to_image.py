@@ -28,7 +28,7 @@ def text_to_image(
 ) -> np.ndarray:
     """The job behind `Pipeline.text_to_image`, whose docstring says what the arguments are."""
     start = Start(latent_size(pipe.spec, recipe))
-    return pipe.finish(denoise(pipe, prompt, recipe, start, given, callback, refiner, clip), output)
+    return pipe.finish(denoise(pipe, prompt, recipe, start, given, callback, refiner, clip), output, recipe.tile)
 
 
 def latent_size(spec, recipe: "Recipe") -> tuple[int, int]:

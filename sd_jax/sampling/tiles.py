@@ -47,6 +47,7 @@ def encode_tiled(
 
 # -- Whether the autoencoder needs tiles -------------------------------------------------------------------------------
 
+FLAT = 1024  # pixels: in a job with tiles the autoencoder's have this side, or that of the job's where it is more
 TILES = (256, 192, 128, 96, 64, 32)  # latents; the larger, the nearer to the whole
 
 
@@ -56,17 +57,19 @@ def choose_tile(
     width: int,
     batch: int,
     free: int | None,  # bytes, of `hardware.free_memory`; None = unknown
+    most: int | None = None,  # pixels of a tile's side, whatever memory there is; None = no limit
 ) -> int | None:
     """The tile for `decode_tiled` and `encode_tiled`; None where the whole batch fits into memory, or that is unknown.
 
     A tile as large as the picture goes first: the pictures of the batch one by one. Where not even the smallest fits,
     it is tried all the same.
     """
-    if free is None or batch * peak_bytes(vae, height, width) <= free:
+    factor, side = vae.downscale, max(height, width)
+    is_small = most is None or side <= most
+    if is_small and (free is None or batch * peak_bytes(vae, height, width) <= free):
         return None
-    factor = vae.downscale
-    for tile in (-(-max(height, width) // factor), *TILES):
-        if peak_bytes(vae, min(height, tile * factor), min(width, tile * factor)) <= free:
+    for tile in (-(-side // factor), *TILES) if is_small else (most // factor, *TILES):
+        if free is None or peak_bytes(vae, min(height, tile * factor), min(width, tile * factor)) <= free:
             return tile
     return TILES[-1]
 

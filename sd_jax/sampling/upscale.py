@@ -76,9 +76,10 @@ def upscale(
             raise ValueError("method='enlarger' makes pictures, by enlarger= alone: give sd_jax.load_upscaler(path)")
         return enlarged(pixels, *_enlarged_size(recipe, pixels, enlarger.scale, 1), enlarger, recipe.tile)
     size = _enlarged_size(recipe, pixels, SCALE, pipe.spec.vae.downscale)
-    clean = encoded(pipe, enlarged(pixels, *size, enlarger, recipe.tile))
+    clean = encoded(pipe, enlarged(pixels, *size, enlarger, recipe.tile), recipe.tile)
     strength = STRENGTH if recipe.strength is None else recipe.strength
-    return pipe.finish(denoise(pipe, prompt, recipe, Start(clean.shape[1:3], clean, strength), given, callback), output)
+    start = Start(clean.shape[1:3], clean, strength)
+    return pipe.finish(denoise(pipe, prompt, recipe, start, given, callback), output, recipe.tile)
 
 
 def method_of(spec: "ModelSpec", method: str | None) -> str:
@@ -127,7 +128,7 @@ def _by_model(pipe, prompt, recipe, image, image_noise, given, output, callback)
         raise ValueError(f"image_noise has the shape {np.shape(image_noise)}, small pictures {(batch, *shape)}")
     concat = _beside_latents(small, jnp.asarray(image_noise), np.int32(level), size)
     start = Start(size, concat=concat, class_label=level)
-    return pipe.finish(denoise(pipe, prompt, recipe, start, given, callback), output)
+    return pipe.finish(denoise(pipe, prompt, recipe, start, given, callback), output, recipe.tile)
 
 
 def _by_latents(pipe, prompt, recipe, image, image_noise, given, output, callback) -> np.ndarray:

@@ -9,7 +9,7 @@ import sd_jax
 from sd_jax.models.families import SD15
 from sd_jax.models.networks import Networks
 from sd_jax.models.presets import TINY
-from sd_jax.sampling import denoising, tiles
+from sd_jax.sampling import denoising, pipeline, tiles
 from sd_jax.sampling.pipeline import Pipeline
 from sd_jax.tiles import lay_tiles, window
 from tests.sampling.conftest import ONE_LEVEL, random_params
@@ -133,6 +133,15 @@ def test_tile_is_the_largest_that_memory_allows():
     assert tiles.choose_tile(TINY.vae, 512, 512, 1, 1_000_000) == 32
 
 
+def test_the_largest_tile_may_be_given():
+    """And then memory is flat: it does not grow with the picture."""
+    choose = functools.partial(tiles.choose_tile, SD15.vae, most=1024)
+    for side in (1032, 2048, 4096, 16384):
+        assert choose(side, side, 1, None) == choose(side, 512, 1, 10**12) == 128
+    assert choose(1024, 1024, 4, None) is None and choose(1024, 1024, 4, 10**12) is None
+    assert choose(4096, 4096, 1, tiles.peak_bytes(SD15.vae, 512, 512)) == 64
+
+
 # -- Denoising ---------------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +250,18 @@ def test_hires_fix_tells_tiles_of_the_large_picture_alone(pipe, two_tiles, told)
     small = {**two_tiles, **STEP, "height": 2 * side, "width": 3 * side}
     pipe.hires_fix("", scale=2.0, strength=1.0, upscaler="nearest", tile_prompts=("a star", "a square"), **small)
     assert [np.shape(each.positive.texts) for each in told] == [(1, 1), (1, 2, 1)]
+
+
+def test_in_jobs_with_tiles_the_autoencoder_has_them_too(pipe, told, monkeypatch):
+    most = []
+    monkeypatch.setattr(pipeline, "choose_tile", lambda *given: most.append(given[-1]))
+    image = np.zeros((1, 8, 8, 3), np.uint8)
+    for tile in (8, 2048, None):
+        given = {"tile": tile, "steps": 2, "guidance_scale": 1.0, "strength": 1.0}
+        pipe.upscale(image, "", scale=2.0, **given)
+        pipe.inpaint("", image=image, extend=(8, 0, 0, 0), **given)
+        pipe.hires_fix("", width=8, height=8, scale=2.0, upscaler="lanczos", **given)
+    assert most == [1024] * 7 + [2048] * 7 + [None] * 7  # each encodes and decodes, hires fix decodes twice
 
 
 @pytest.mark.parametrize(
