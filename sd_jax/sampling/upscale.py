@@ -137,7 +137,7 @@ def _by_latents(pipe, prompt, recipe, image, image_noise, given, output, callbac
     small = _small_latents(pipe, recipe, image)
     concat = small.repeat(TWICE, axis=1).repeat(TWICE, axis=2)
     start = Start(concat.shape[1:3], concat=concat)
-    return pipe.finish(denoise(pipe, prompt, recipe, start, given, callback), output)
+    return pipe.finish(denoise(pipe, prompt, recipe, start, given, callback), output, recipe.tile)
 
 
 def _small_latents(pipe, recipe, image) -> np.ndarray:
@@ -155,7 +155,7 @@ def _small_latents(pipe, recipe, image) -> np.ndarray:
     pixels = canvas.read_pixels(image)
     size = size_of(recipe, *(side * TWICE for side in pixels.shape[1:3]))
     size = canvas.fit_size(*size, TWICE * multiple * spec.vae.downscale)
-    return np.asarray(encoded(pipe, canvas.resize(pixels, *(side // TWICE for side in size))))
+    return np.asarray(encoded(pipe, canvas.resize(pixels, *(side // TWICE for side in size)), recipe.tile))
 
 
 def _level(pipe, recipe) -> int:
