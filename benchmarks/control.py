@@ -9,12 +9,14 @@ configs lie in configs/. They are measured by
     python -m benchmarks.control --follow=runs/control/outline,runs/control/t2i_segment
     python -m benchmarks.control --together=runs/control/outline,runs/control/segment
     python -m benchmarks.control --steps=runs/control/outline
+    python -m benchmarks.control --drawings=runs/control/outline
     python -m benchmarks.control --speed [--pixels=512]
 
 Every hint is the map of a scene, and its prompt says colour and shape alone ("a blue star"): where and how large, only
 the hint says. `iou` is the mean over pictures of |A and B| / |A or B| of where things are, read from the picture
 (`shapes_accuracy.read_masks`), and where the scene has them. Pictures are made in 20 steps of dpmpp_2m at guidance 2.5,
-the same noise in every row; sheets of them lie in `--sheets`.
+the same noise in every row; sheets of them lie in `--sheets`. Of --drawings, those "by hand" are outlines bent by up to
+some three pixels, the others what preprocessors make of the same in dark lines on white, and of things in black.
 """
 
 import argparse
@@ -26,10 +28,11 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import ndimage
 
 import sd_jax
 from benchmarks.fine_tuning_data import short_caption
-from sd_jax import media
+from sd_jax import media, preprocessors
 from sd_jax.data.shapes import Scene, evaluation_scenes
 from sd_jax.data.shapes_maps import draw_map, masks_of
 from sd_jax.evals import shapes_accuracy
@@ -43,6 +46,7 @@ def main() -> None:
     parser.add_argument("--follow", help="runs, joined by commas: each by itself, whole")
     parser.add_argument("--together", help="two runs: each has one of two things in its hint")
     parser.add_argument("--steps", help="a run: at several strengths, and for a part of the steps")
+    parser.add_argument("--drawings", help="a run on outlines: line drawings and scribbles that it is to colour")
     parser.add_argument("--speed", action="store_true", help="sampling with none, one and two ControlNets of SD 1.5")
     parser.add_argument("--pixels", type=int, default=256, help="the side of the pictures of --speed")
     parser.add_argument("--prompts", type=int, default=128)
@@ -58,6 +62,8 @@ def main() -> None:
         bench.together(*options.together.split(","))
     if options.steps:
         bench.steps(options.steps)
+    if options.drawings:
+        bench.drawings(options.drawings)
 
 
 class _Control:
@@ -96,6 +102,21 @@ class _Bench:
             self._row(f"strength {strength:g}", self.scenes, [(control, maps, {"strength": strength})])
         for start, end in ((0.0, 0.25), (0.0, 0.5), (0.25, 1.0), (0.5, 1.0)):
             self._row(f"{start:g} to {end:g}", self.scenes, [(control, maps, {"start": start, "end": end})])
+
+    def drawings(self, run: str) -> None:
+        control = _Control(run)
+        outlines = np.stack([draw_map("outline", scene, SIDE) for scene in self.scenes])
+        bent = _bent(outlines, np.random.default_rng(0))
+        things = np.stack([np.any(masks_of(scene, SIDE), axis=0) for scene in self.scenes])
+        black = np.where(things[..., None], np.uint8(0), np.full(3, 255, np.uint8))
+        rows = {
+            "by hand": bent,
+            "line_art of dark lines by hand": preprocessors.apply("line_art", 255 - bent),
+            "canny of things": preprocessors.apply("canny", black),
+            "scribble of things": preprocessors.apply("scribble", black, sigma=1.0, radius=1),
+        }
+        for name, maps in rows.items():
+            self._row(name, self.scenes, [(control, maps, {})])
 
     def together(self, first: str, second: str) -> None:
         """Of two things; what one control is told of, the other is not."""
@@ -136,6 +157,17 @@ class _Bench:
                 right += near is not None and near.colour == thing.colour
                 total += 1
         return right / total
+
+
+def _bent(maps: np.ndarray, rng: np.random.Generator, pixels: float = 1.2, smooth: float = 5.0) -> np.ndarray:
+    """Each moved by a smooth random field of this standard deviation."""
+    grid = np.indices(maps.shape[1:3], np.float32)
+    bent = []
+    for each in maps[..., 0]:
+        field = ndimage.gaussian_filter(rng.standard_normal((2, *each.shape)), (0, smooth, smooth))
+        moved = ndimage.map_coordinates(each.astype(np.float32), grid + field * (pixels / field.std()), order=1)
+        bent.append(np.clip(moved * 1.5, 0, 255).astype(np.uint8))
+    return np.repeat(np.stack(bent)[..., None], 3, axis=-1)
 
 
 def speed(pixels: int, rounds: int = 5, steps: int = 2) -> None:
