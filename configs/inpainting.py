@@ -16,7 +16,8 @@ and given `mask=` with its picture (`control.hint(image, mask=mask)`).
 
     python train.py --config=configs/inpainting.py:shapes --workdir=runs/inpainting
 
-is the same for the bundled model and shapes world, on a CPU in minutes.
+is the same for the bundled model and shapes world: 800 steps of 16 at 70 to 90 pictures a second, three minutes, on two
+cores that have little else to do. It learns to go on with what it is shown; benchmarks/RESULTS.md says how far.
 """
 
 from ml_collections import ConfigDict
