@@ -292,7 +292,7 @@ def test_latents_are_seen_twice_as_large(x2, standing):
 def test_pictures_are_enlarged_as_latents(x2, standing, monkeypatch):
     seen = []
 
-    def encode(pipe, pixels):
+    def encode(pipe, pixels, tile=None):
         seen.append(pixels)
         return pixels[:, ::4, ::4, :1].repeat(4, axis=-1).astype(np.float32)
 

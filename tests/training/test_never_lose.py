@@ -73,7 +73,7 @@ def struck(workdir, number, moment, rng):
 @pytest.mark.parametrize(
     "strikes",
     [
-        pytest.param([(KILL, in_a_step), (KILL, while_writing), (TERM, in_a_step)], id="kill-kill-term"),
+        pytest.param([(KILL, while_writing), (TERM, in_a_step)], id="kill-term"),
         pytest.param([(KILL, in_a_step), (KILL, while_writing)] * 10, id="20 kills", marks=pytest.mark.slow),
         pytest.param(
             [(TERM, before_the_first_step), (TERM, in_a_step), (TERM, while_writing), (TERM, in_a_step)]

@@ -60,12 +60,13 @@ def test_data_and_fsdp_give_the_losses_of_one_process(alone, together):
 @pytest.mark.parametrize(
     ("devices", "flags"),
     [
-        (4, ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.grad_accumulation=2")),
-        (8, ("--config.parallelism=pmap",)),
+        (2, ("--config.mesh.fsdp=2", "--config.grad_accumulation=2")),
+        (2, ("--config.parallelism=pmap",)),
+        pytest.param(8, ("--config.parallelism=pmap",), marks=pytest.mark.slow),
         pytest.param(8, ("--config.mesh.data=8",), marks=pytest.mark.slow),
         pytest.param(1, ("--config.grad_accumulation=4",), marks=pytest.mark.slow),
     ],
-    ids=["data=2,fsdp=2,accumulated", "pmap", "data=8", "accumulated"],
+    ids=["fsdp=2,accumulated", "pmap=2", "pmap=8", "data=8", "accumulated"],
 )
 def test_many_devices_and_micro_batches_give_the_losses_of_one(alone, tmp_path, devices, flags):
     assert differences(doors.losses(alone), run(tmp_path, 1, devices, *flags)) < 1e-5
