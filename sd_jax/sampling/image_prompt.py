@@ -26,7 +26,7 @@ from sd_jax.models.clip_vision import CLIPVision
 from sd_jax.models.presets import CLIPConfig
 from sd_jax.sampling import canvas
 from sd_jax.sampling.conditioning import Told
-from sd_jax.types import Conditioning, Params, Pixels, Recipe
+from sd_jax.types import Conditioning, Params, Recipe
 
 if TYPE_CHECKING:
     from sd_jax.sampling.adapters import Worn
@@ -174,7 +174,7 @@ def _tokens_of(worn: "Worn", prompt: Any, batch: int) -> tuple[np.ndarray, np.nd
     return _at_once(np.stack(tokens), groups, batch), np.tile(none, (batch, len(groups), 1))
 
 
-def _groups(prompt: Any) -> list[Pixels]:
+def _groups(prompt: Any) -> list[UInt8[np.ndarray, "_ _ _ 3"]]:
     """Those that are shown at once."""
     groups = [canvas.read_pixels(picture) for picture in (prompt if isinstance(prompt, list | tuple) else [prompt])]
     if not groups:
@@ -182,7 +182,7 @@ def _groups(prompt: Any) -> list[Pixels]:
     return groups
 
 
-def _at_once(tokens: np.ndarray, groups: Sequence[Pixels], batch: int) -> np.ndarray:
+def _at_once(tokens: np.ndarray, groups: Sequence[UInt8[np.ndarray, "_ _ _ 3"]], batch: int) -> np.ndarray:
     """Tokens of all pictures -> [batch, tokens, width], those of each group behind each other."""
     for group in groups:
         if len(group) not in (1, batch):
