@@ -72,7 +72,8 @@ def test_a_run_leaves_a_model_that_is_told_pictures(folder, tmp_path):  # noqa: 
     (sheet,) = (tmp_path / "run" / "samples").iterdir()
     assert decode_image(sheet).shape[0] > 2 * 16  # pictures, and what it made of them
     pipe = load(tmp_path / "run")
-    assert pipe.spec == TOLD
+    assert pipe.spec.unet == READS and pipe.spec.sees_pictures
+    assert pipe.spec.image_encoder.vision_config == TINY_EYES.vision_config
     first, second = (np.full((16, 16, 3), colour, np.uint8) for colour in (0, 255))
     given = {"steps": 1, "width": 16, "height": 16, "output": "latents", "guidance_scale": 1.0}
     shown = [pipe.text_to_image(image_prompt=picture, **given) for picture in (first, second)]
