@@ -10,6 +10,7 @@ import sd_jax
 from sd_jax.adapters.ip_adapter import layers_of
 from sd_jax.checkpoints import ip_adapters
 from tests.reference_families import saved_family
+from tests.sampling.test_parity_control import randomised
 
 pytestmark = pytest.mark.parity
 PROMPT, SIDE, STEPS = "a photo of the sea", 32, 4
@@ -86,7 +87,7 @@ def both(request, tmp_path_factory, one_thread):
     return pipeline, pipe, out, pictures
 
 
-def theirs(pipeline, folder, names, scales, shown, noise, scale=3.0):
+def theirs(pipeline, folder, names, scales, shown, noise, scale=3.0, **more):
     import torch
 
     with warnings.catch_warnings():
@@ -95,7 +96,7 @@ def theirs(pipeline, folder, names, scales, shown, noise, scale=3.0):
         pipeline.set_ip_adapter_scale(scales)
         latents = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
         kwargs = {"height": SIDE, "width": SIDE, "num_inference_steps": STEPS, "guidance_scale": scale}
-        picture = pipeline(PROMPT, latents=latents, output_type="np", ip_adapter_image=shown, **kwargs).images
+        picture = pipeline(PROMPT, latents=latents, output_type="np", ip_adapter_image=shown, **kwargs, **more).images
         pipeline.unload_ip_adapter()
         pipeline.image_encoder = pipeline.feature_extractor = None
     return picture * 255
@@ -106,10 +107,10 @@ def noise():
     return np.random.default_rng(0).normal(size=(1, 8, 8, 4)).astype(np.float32)
 
 
-def ours(pipe, noise, image_prompt=None, scale=3.0):
+def ours(pipe, noise, image_prompt=None, scale=3.0, **more):
     recipe = {"sampler": "ddim", "schedule": "leading", "steps": STEPS, "guidance_scale": scale}
     made = pipe.text_to_image(
-        PROMPT, latents=noise, width=SIDE, height=SIDE, image_prompt=image_prompt, output="images", **recipe
+        PROMPT, latents=noise, width=SIDE, height=SIDE, image_prompt=image_prompt, output="images", **recipe, **more
     )
     return made.astype(np.float32)
 
@@ -155,3 +156,28 @@ def test_files_of_ours_make_the_same_picture_there(both, noise, tmp_path, name):
     ip_adapters.save(folder / other, adapter, pipe.spec.unet, overwrite=True)
     first, second = (theirs(pipeline, folder, file, 1.0, pictures[0], noise) for file in (name, other))
     np.testing.assert_array_equal(first, second)
+
+
+def test_beside_a_controlnet(both, noise, tmp_path):
+    """Which is told the text alone, here as there."""
+    import diffusers
+
+    pipeline, pipe, folder, pictures = both
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = diffusers.ControlNetModel.from_unet(
+            pipeline.unet, conditioning_embedding_out_channels=(8, 16, 16), load_weights_from_unet=False
+        )
+        randomised(net, 1).save_pretrained(tmp_path)
+        xl, extra = ("XL", {}) if "XL" in type(pipeline).__name__ else ("", {"requires_safety_checker": False})
+        steered = getattr(diffusers, f"StableDiffusion{xl}ControlNetPipeline")(
+            **pipeline.components, controlnet=net, **extra
+        )
+    steered.set_progress_bar_config(disable=True)
+    drawn = np.random.default_rng(1).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    wanted = theirs(steered, folder, "base.bin", 1.0, pictures[0], noise, image=Image.fromarray(drawn))
+    on, hint = pipe.with_adapter(folder / "base.bin"), sd_jax.load_control(tmp_path).hint(drawn)
+    made = ours(on, noise, pictures[0], control=[hint])
+    for less in (ours(on, noise, pictures[0]), ours(pipe, noise, control=[hint])):
+        assert np.abs(made - less).max() > 8
+    assert np.abs(made - wanted).max() <= 2
