@@ -2,8 +2,8 @@
 
 Why processes: in one process the thread pools of torch and XLA spin against each other and their memory adds up.
 Why turns: the speed of a shared machine drifts by a tenth within minutes; the ratio of two neighbours hardly does.
-Why each turn begins with a run that is not timed: while a process waits, a virtual machine's host takes back what it had
-freed, and a training step then took twice as long to get it again; in a loop of its own it never waits.
+Why each turn begins with a run that is not timed: while a process waits, a virtual machine's host takes back what it
+had freed, and a training step then took twice as long to get it again; in a loop of its own it never waits.
 Where other programs run beside it, the wall clock says little (torch's threads wait for each other and suffer most):
 there `--cores=1` and the ratio of processor time are what to read.
 

@@ -11,6 +11,7 @@ import pytest
 import sd_jax
 from tests.reference import diffusers
 from tests.reference_pipeline import tiny_diffusers_pipeline
+from tests.sampling.test_parity_control import randomised
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
@@ -51,24 +52,25 @@ def both_of_nine_channels(tmp_path_factory):
     return pair(tmp_path_factory.mktemp("tiny_inpaint") / "pipeline", in_channels=9)
 
 
-def by_diffusers(theirs, kind, sampler, schedule, monkeypatch, **given):
+def by_diffusers(theirs, kind, sampler, schedule, monkeypatch, networks=(), **given):
     """(latents NHWC, pixels in [0, 255] before rounding) of their pipeline of this kind."""
     import torch
 
-    module = importlib.import_module(f"diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_{kind.lower()}")
+    folder = "controlnet.pipeline_controlnet" if networks else "stable_diffusion.pipeline_stable_diffusion"
+    module = importlib.import_module(f"diffusers.pipelines.{folder}_{kind.lower()}")
     noise = torch.from_numpy(NOISE.transpose(0, 3, 1, 2).copy())
     monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: noise)
     monkeypatch.setattr(module, "retrieve_latents", lambda encoded, **_: encoded.latent_dist.mode())
     name, config = SCHEDULERS[sampler, schedule]
     scheduler = getattr(diffusers(), name).from_config(theirs.scheduler.config, **config)
-    pipeline = getattr(diffusers(), f"StableDiffusion{kind}Pipeline")(
-        **{**theirs.components, "scheduler": scheduler}, requires_safety_checker=False
-    )
+    parts = {**theirs.components, "scheduler": scheduler, **dict(networks)}
+    name = f"StableDiffusion{'ControlNet' if networks else ''}{kind}Pipeline"
+    pipeline = getattr(diffusers(), name)(**parts, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     latents = pipeline(
         PROMPTS,
         negative_prompt=[NEGATIVE] * 2,
-        image=PIXELS.astype(np.float32) / 255,
+        image=torch.from_numpy(PIXELS.transpose(0, 3, 1, 2).astype(np.float32) / 255),
         num_inference_steps=STEPS,
         output_type="latent",
         **given,
@@ -132,6 +134,30 @@ def check_inpaint(both, monkeypatch, sampler, schedule, strength, guidance_scale
     assert of_latents < 1e-4 and of_pixels <= 1.0
     np.testing.assert_array_equal(pixels[~redrawn], PIXELS[~redrawn])
     assert np.abs(pixels[redrawn].astype(int) - PIXELS[redrawn]).mean() > 10
+
+
+@pytest.mark.parametrize(("kind", "start", "end"), [("Img2Img", 0.3, 0.7), ("Inpaint", 0.3, 0.7)])
+def test_steered_by_a_controlnet(both, tmp_path, monkeypatch, kind, start, end):
+    """Its part of the steps is one of those that are walked."""
+    import torch
+
+    pipe, theirs = both
+    options = {"conditioning_embedding_out_channels": (8, 16, 16), "load_weights_from_unet": False}
+    net = randomised(diffusers().ControlNetModel.from_unet(theirs.unet, **options), 1)
+    net.save_pretrained(tmp_path)
+    drawn = np.random.default_rng(5).integers(0, 256, PIXELS.shape, np.uint8)
+    job, masked, given = pipe.image_to_image, {}, {}
+    if kind == "Inpaint":
+        job, masked = pipe.inpaint, {"mask": MASK}
+        given = {"mask_image": torch.from_numpy(MASK[:, None].astype(np.float32) / 255)}
+    given |= {"control_image": torch.from_numpy(drawn.transpose(0, 3, 1, 2).astype(np.float32) / 255)}
+    given |= {"controlnet_conditioning_scale": 1.0, "control_guidance_start": start, "control_guidance_end": end}
+    given |= {"strength": 0.6, "guidance_scale": 5.0, "height": 32, "width": 32}
+    wanted, _ = by_diffusers(theirs, kind, "ddim", "leading", monkeypatch, {"controlnet": net}, **given)
+    hint = sd_jax.load_control(tmp_path).hint(drawn, start=start, end=end)
+    made, without = (ours(job, "ddim", "leading", "latents", 0.6, 5.0, control=c, **masked) for c in ([hint], []))
+    of_latents = np.linalg.norm(made - wanted) / np.linalg.norm(wanted)
+    assert of_latents < 1e-4 < 1e-2 < np.linalg.norm(made - without) / np.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize(("strength", "guidance_scale"), [(1.0, 7.5), (0.6, 7.5), (0.6, 1.0)])
