@@ -139,7 +139,7 @@ def bodies(prompts: int, sides: Sequence[int] = (64, 128)) -> None:
         made = {"true": np.stack([render(scene, side) for scene in scenes])}
         made["direct"] = drawn(pipe.text_to_image, width=side, height=side)
         for strength in HIRES_STRENGTHS if side > TRAINED else ():
-            how = {"scale": side / TRAINED, "strength": strength, "upscaler": "lanczos"}
+            how = {"scale": side / TRAINED, "strength": strength}
             made[f"hires fix at {strength:g}"] = drawn(pipe.hires_fix, width=TRAINED, height=TRAINED, **how)
         for name, pixels in made.items():
             counts = count_things(pixels)

@@ -129,14 +129,14 @@ class Recipe:
     variation_strength: float = 0.0  # so far: 0 = seed alone, 1 = the other alone
 
     # Jobs that start from a picture
-    strength: float | None = None  # how much of the way is walked again: 0.75, inpaint 1, hires_fix 0.6
+    strength: float | None = None  # how much of the way is walked again: 0.75, inpaint 1, hires_fix 0.4
     strength_steps: str = "diffusers"  # how strength counts steps: diffusers, a1111 or comfy
     only_masked: bool = False  # inpaint: work on what is around the mask, in the recipe's size
     padding: int = 32  # inpaint: pixels around the mask that only_masked takes in
     extend: tuple[int, int, int, int] | None = None  # inpaint: pixels to add at the left, top, right, bottom
     scale: float | None = None  # hires_fix: how much larger the second pass is; 2
     second_steps: int | None = None  # hires_fix: None = steps
-    upscaler: str = "bislerp"  # hires_fix: nearest, bilinear, bicubic or bislerp on latents, lanczos on the picture
+    upscaler: str = "lanczos"  # hires_fix: lanczos on the picture; nearest, bilinear, bicubic, bislerp on latents
     noise_level: int | None = None  # upscale: timesteps of noise that the small picture gets, 0 to 350; 20
     tile: int | None = None  # pixels: denoise in overlapping tiles of this size; None = the whole at once
     tile_prompts: tuple[str, ...] | None = None  # of the tiles, row by row; "" and None = the prompt

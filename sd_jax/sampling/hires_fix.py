@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sd_jax.sampling.pipeline import Pipeline
     from sd_jax.types import Recipe
 
-STRENGTH, SCALE = 0.6, 2.0
+STRENGTH, SCALE = 0.4, 2.0
 
 
 def hires_fix(

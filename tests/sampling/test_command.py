@@ -72,7 +72,7 @@ JOBS = {
     "inpaint": {},
     "only_masked": {"only_masked": True, "padding": 4},
     "extend": {"extend": (0, 0, 8, 0), "only_masked": True},
-    "hires_fix": {"scale": 1.5, "batch_size": 1},
+    "hires_fix": {"scale": 1.5, "strength": 0.5, "batch_size": 1},
 }
 STARTED = ("image_to_image", "inpaint", "only_masked", "extend")
 
@@ -387,7 +387,7 @@ def test_a_grid(make, pipe):
 
 
 def test_a_grid_of_sizes_and_jobs(make):
-    made = make({"prompt": "a star", **FEW}, grid="scale=none,1.5")
+    made = make({"prompt": "a star", **FEW, "steps": 3}, grid="scale=none,1.5")
     assert [made[f"{i:05d}.png"].shape[:2] for i in range(2)] == [(32, 32), (48, 48)]
     assert read_record(make.folder / "00000.png").origin.job == "text_to_image"
     assert read_record(make.folder / "00001.png").origin.job == "hires_fix"
@@ -406,11 +406,12 @@ def test_what_cannot_be_made_is_said_before_anything_is(make):
 
 def test_progress_and_previews(make, capfd, monkeypatch):
     monkeypatch.setattr(command, "SECONDS_BETWEEN_PREVIEWS", 0.0)
-    make({"prompt": "a star", "scale": 1.5, **FEW}, previews=True)
+    fields = {"prompt": "a star", "scale": 1.5, "strength": 0.5, **FEW}
+    make(fields, previews=True)
     assert (make.folder / "preview.png").is_file()
     preview = media.decode_image(make.folder / "preview.png")
     assert preview.shape[1] >= 128 and preview.std() > 1
-    steps = load(read_record(make.folder / "00000.png").origin.checkpoint).steps_of(Recipe("a star", scale=1.5, **FEW))
+    steps = load(read_record(make.folder / "00000.png").origin.checkpoint).steps_of(Recipe(**fields))
     assert f"{steps}/{steps}" in capfd.readouterr().err
 
 

@@ -295,7 +295,7 @@ REFUSED = [
     ("text_to_image", {"stregth": 0.5}, "stregth= is no field.*strength"),
     ("text_to_image", {"strength": 0.5}, "strength=0.5 is for image_to_image and inpaint and hires_fix"),
     ("text_to_image", {"extend": (1, 1, 1, 1)}, "extend=.* is for inpaint, not for text_to_image"),
-    ("text_to_image", {"upscaler": "lanczos"}, "upscaler='lanczos' is for hires_fix"),
+    ("text_to_image", {"upscaler": "nearest"}, "upscaler='nearest' is for hires_fix"),
     ("text_to_image", {"ensd": 31337}, "ensd=31337"),
     ("text_to_image", {"guidance_start": 0.8, "guidance_stop": 0.2}, "guidance.* 0.8 .*0.2"),
     ("text_to_image", {"sampler": "lms"}, "'lms' has no option eta"),
