@@ -37,6 +37,7 @@ from sd_jax.training import advice, setup
 from sd_jax.training.collectives import sent_bytes
 from sd_jax.training.context import Context, EmptyPrompt
 from sd_jax.training.methods import method_of
+from sd_jax.training.start import with_beside
 
 SMALL = 16
 USABLE = 0.95  # of a device's memory; the rest is for batches that wait, held-out losses and what falls between
@@ -200,14 +201,14 @@ def _plan(config: ConfigDict, wanted: Topology, price: float | None) -> int:
 
 def _spec(config: ConfigDict) -> ModelSpec:
     if config.model:
-        return ModelSpec.from_dict(config.model.to_dict())
+        return with_beside(config, ModelSpec.from_dict(config.model.to_dict()))[0]
     if not config.init:
         raise ValueError("config.model and config.init are both empty: name a checkpoint or describe a model")
     if config.init in FAMILIES and not os.path.exists(config.init):
         spec = FAMILIES[config.init]
     else:
         spec = open_checkpoint(config.init, prediction_type=config.prediction_type or None).spec
-    return method_of(config).begin(spec, {})[0]
+    return with_beside(config, method_of(config).begin(spec, {})[0])[0]
 
 
 def _devices(topology: Topology) -> list:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from sd_jax import distributed
 from sd_jax.checkpoints import CheckpointError
-from sd_jax.checkpoints.beside import open_beside
+from sd_jax.checkpoints.beside import Beside, open_beside
 from sd_jax.checkpoints.load import open_checkpoint
 from sd_jax.checkpoints.tensors import lazy
 from sd_jax.models.networks import Networks
@@ -85,10 +85,7 @@ def build_model(
         raise ValueError(
             f"config.method={config.method!r}: the x2 latent upscaler is not trained here, choose another model"
         )
-    beside = {part: open_beside(part, path) for part, path in _paths_beside(config).items() if path}
-    spec = dataclasses.replace(spec, **{part: opened.config for part, opened in beside.items()})
-    if config.method == "full" and "image_encoder" in beside:
-        spec = spec.told_pictures(spec.image_encoder)
+    spec, beside = with_beside(config, spec)
     method.check(config, spec)
     trained, frozen = method.trainable(config, spec), method.frozen(config, spec)
     parts = trained + frozen
@@ -140,6 +137,18 @@ def build_model(
     networks = Networks.of(spec, config.dtype, config.remat)
     adapter_of = None if method.adapting is None else str(config.init)
     return Model(networks, trained, frozen, params, tokenizer, num_tokens, adapter_of)
+
+
+def with_beside(config: ConfigDict, spec: ModelSpec) -> tuple[ModelSpec, dict[str, Beside]]:
+    """`spec` with the parts that no checkpoint for pictures has, of `config.init_clip` and the like, and these.
+
+    Raises CheckpointError for a path that holds none.
+    """
+    beside = {part: open_beside(part, path) for part, path in _paths_beside(config).items() if path}
+    spec = dataclasses.replace(spec, **{part: opened.config for part, opened in beside.items()})
+    if config.method == "full" and "image_encoder" in beside:
+        spec = spec.told_pictures(spec.image_encoder)
+    return spec, beside
 
 
 def _paths_beside(config: ConfigDict) -> dict[str, str]:

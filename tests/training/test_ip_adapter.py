@@ -13,7 +13,7 @@ from sd_jax.media import decode_image
 from sd_jax.models.clip import CLIP
 from sd_jax.prompts.tokenize import train_tokenizer
 from sd_jax.sampling.pipeline import Pipeline, load
-from sd_jax.training import ip_adapter
+from sd_jax.training import ip_adapter, plan
 from sd_jax.training.loop import train
 from sd_jax.training.metrics import read_rows
 from tests.sampling.conftest import ONE_LEVEL, random_params
@@ -63,6 +63,11 @@ def test_a_run_leaves_a_file_that_does_what_it_learnt(folder, tmp_path, kind):
     first, second = (np.full((16, 16, 3), colour, np.uint8) for colour in (0, 255))
     shown = [on.text_to_image(**RECIPE, image_prompt=picture) for picture in (first, second)]
     assert np.abs(shown[0] - shown[1]).max() > 1e-5 and np.abs(shown[0] - pipe.text_to_image(**RECIPE)).max() > 1e-3
+
+
+def test_what_it_sees_through_is_planned(folder):
+    spec = plan._spec(config_of(folder))
+    assert spec.image_encoder.vision_config == TINY_EYES.vision_config and spec.unet == ONE_LEVEL.unet
 
 
 def test_what_is_dropped_together_and_apart():
