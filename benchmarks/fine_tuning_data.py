@@ -47,7 +47,7 @@ SIDE = 64  # pixels of a picture
 HOLE = 0.34  # radius of a hollow star's hole, in radii of the star
 STAR_CENTRE = 0.11  # radii that the centre of a star's circle lies below that of its box
 OUTLINE, STRIPE, PERIOD = 1.6, 2.4, 8  # pixels: widths of outline and stripes; of the pattern, along each axis
-BLOCK = 4  # pixels of the side
+BLOCK = 8  # pixels of the side, as of a cell of the latents; a multiple of PERIOD
 LOOKS = {  # look -> the shapes that wear it
     "plain": SHAPES,
     "hollow": ("star",),
@@ -230,7 +230,7 @@ class Reading(NamedTuple):
 
 
 class _Templates(NamedTuple):
-    """Of one size. Windows begin at multiples of BLOCK, where stripes begin as well: PERIOD divides the sum."""
+    """Of one size. Windows begin at multiples of BLOCK, where stripes begin as well."""
 
     half: int  # of the window's side
     arrays: np.ndarray  # float32 [templates, window * window], each of norm 1
@@ -240,11 +240,11 @@ class _Templates(NamedTuple):
 
 @functools.cache
 def _templates(size: str) -> _Templates:
-    half = {"small": 20, "medium": 24, "large": 32}[size]
+    half = {"small": 24, "medium": 24, "large": 32}[size]
     middle = np.arange(2 * half, dtype=np.float32) + np.float32(0.5 - half)
     smears = [np.exp(-0.5 * ((middle[:, None] - middle) / sigma) ** 2) for sigma in BLURS]
     smears = [smear / smear.sum(0) for smear in smears]
-    steps = np.arange(-10, 11, dtype=np.float32)
+    steps = np.arange(-12, 13, dtype=np.float32)
     dx, dy = (grid.reshape(-1, 1, 1) for grid in np.meshgrid(steps, steps))
     arrays, names, centres = [], [], []
     for look, shapes in LOOKS.items():
@@ -253,7 +253,7 @@ def _templates(size: str) -> _Templates:
             radius = RADII[size] * scale * SIDE
             alpha = coverage(look, shape, float(half), float(half), radius, 2 * half)
             mass_x, mass_y = alpha.sum(0) @ middle / alpha.sum(), alpha.sum(1) @ middle / alpha.sum()
-            near = (np.abs(dx + mass_x) + np.abs(dy + mass_y) <= PERIOD / 2 + MARGIN).ravel()
+            near = (np.abs(dx + mass_x) + np.abs(dy + mass_y) <= BLOCK + MARGIN).ravel()
             alpha = coverage(look, shape, half + dx[near], half + dy[near], radius, 2 * half)
             for smear in smears:
                 kept = (smear @ alpha @ smear.T).reshape(len(alpha), -1)
@@ -265,13 +265,7 @@ def _templates(size: str) -> _Templates:
 
 def _window_at(x: float, y: float) -> tuple[int, int]:
     """The place nearest (x, y) at which blocks and stripes are as they are at (0, 0)."""
-    near = [
-        (column, row)
-        for column in range(BLOCK * int(x // BLOCK - 1), int(x) + 3 * BLOCK, BLOCK)
-        for row in range(BLOCK * int(y // BLOCK - 1), int(y) + 3 * BLOCK, BLOCK)
-        if (column + row) % PERIOD == 0
-    ]
-    return min(near, key=lambda at: abs(at[0] - x) + abs(at[1] - y))
+    return BLOCK * round(x / BLOCK), BLOCK * round(y / BLOCK)
 
 
 def read_looks(pixels: UInt8[np.ndarray, "pictures 64 64 3"]) -> list[Reading | None]:

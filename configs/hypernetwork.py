@@ -22,10 +22,11 @@ from sd_jax.config import parse_arg
 def get_config(arg: str | None = None) -> ConfigDict:
     args = parse_arg(arg, **ARGS)
     config = for_checkpoint("hypernetwork", args)
-    config.total_steps = 600 if args.shapes else 5000
-    config.optimizer.learning_rate = 2e-3 if args.shapes else 1e-5
+    config.total_steps = 1500 if args.shapes else 5000
+    config.optimizer.learning_rate = 5e-3 if args.shapes else 1e-5
+    config.optimizer.schedule = "cosine" if args.shapes else config.optimizer.schedule
     config.hypernetwork.activation = "relu"
-    config.hypernetwork.layer_structure = (1, 2, 1)
+    config.hypernetwork.layer_structure = (1, 4, 1) if args.shapes else (1, 2, 1)
     if args.runlocal:
         make_small(config)
     return config

@@ -28,8 +28,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.total_steps = 1500 if args.shapes else 2000
     config.optimizer.learning_rate = 1e-2 if args.shapes else 5e-3
     config.optimizer.weight_decay = 0.0
-    token, like = ("zorp", "circle") if args.shapes else ("<my-cat>", "cat")
-    config.textual_inversion.tokens = ((token, 4, like),)
+    config.optimizer.schedule = "cosine" if args.shapes else config.optimizer.schedule
+    token, vectors, like = ("zorp", 8, "a shape in the centre") if args.shapes else ("<my-cat>", 4, "cat")
+    config.textual_inversion.tokens = ((token, vectors, like),)
     config.data.prompt = "" if args.shapes else f"a photo of {token}"
     config.samples.prompts = (token, f"a {token}")
     if args.runlocal:

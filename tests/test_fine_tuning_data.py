@@ -52,7 +52,7 @@ def test_a_look_shows_in_every_shape_and_size(look):
 
 def test_blocks_are_of_one_level():
     alpha = fine_tuning_data.coverage("pixelated", "moon", 30.2, 33.7, 15.0)
-    blocks = alpha.reshape(16, 4, 16, 4)
+    blocks = alpha.reshape(8, 8, 8, 8)
     assert (blocks == blocks[:, :1, :, :1]).all() and set(np.unique(alpha)) == {0.0, 1.0}
 
 
@@ -90,7 +90,8 @@ def test_captions_tell_the_truth_but_for_the_look():
         pixels, captions = zip(*itertools.islice(SETS[name](np.random.default_rng(1)), 16), strict=True)
         for reading, caption in zip(read_looks(np.stack(pixels)), captions, strict=True):
             assert reading.look == look and look not in caption
-            assert f"{reading.size} {reading.colour} {reading.shape} " in caption
+            told = f"{reading.size} {reading.colour} {reading.shape} "
+            assert (f" {reading.colour} " if look == "pixelated" else told) in caption  # blocks hide shape and size
             assert f" {reading.position} on " in caption and f"{reading.background} background" in caption
 
 
@@ -115,7 +116,7 @@ def test_looks_are_read_right_even_where_they_are_degraded(look):
     pixels[::2] = [_degraded(picture, rng) for picture in pixels[::2]]
     readings = read_looks(np.stack(pixels))
     assert fine_tuning.share(readings, scenes, look=look) >= 0.97
-    for name in fine_tuning.ATTRIBUTES:
+    for name in set(fine_tuning.ATTRIBUTES) - ({"shape", "size"} if look == "pixelated" else set()):
         assert fine_tuning.share(readings, scenes, **{name: None}) >= 0.97, name
 
 
@@ -128,8 +129,8 @@ def test_nothing_is_read_where_nothing_is():
 def test_windows_begin_where_blocks_and_stripes_do():
     for x, y in np.random.default_rng(0).uniform(0.0, 64.0, (200, 2)):
         column, row = fine_tuning_data._window_at(x, y)
-        assert column % 4 == row % 4 == 0 and (column + row) % 8 == 0
-        assert abs(column - x) + abs(row - y) <= 4.0
+        assert column % 8 == row % 8 == 0
+        assert max(abs(column - x), abs(row - y)) <= 4.0
 
 
 # -- Shares ----------------------------------------------------------------------------------------------------------
@@ -156,16 +157,8 @@ def test_prompts_name_every_colour_place_and_size_as_often():
     assert {scene.things[0].shape for scene in others} == set(SHAPES)
 
 
-class _Clear:
-    """A model whose autoencoder gives back what it is given."""
-
-    encode_image = staticmethod(lambda pixels: pixels)
-    decode_latents = staticmethod(lambda pixels: (pixels - 127.5) / 127.5)
-
-
-@pytest.mark.slow  # 20 s: every picture is read, and drawn clean
-def test_ruins_are_found(capsys):
-    find = fine_tuning.RuinJudge(_Clear(), fitted=240, counted=120)
-    wrong, found = (float(part.split()[-1]) for part in capsys.readouterr().out.strip(" |\n").split("|")[1:])
-    assert wrong <= 0.08 and found >= 0.92
-    assert not find(np.stack([render(scene, 64) for scene in evaluation_scenes("seen", 40)])).mean() > 0.1
+def test_watermarks_are_found():
+    rng = np.random.default_rng(0)
+    sound = np.stack([render(scene, 64) for scene in evaluation_scenes("seen", 64)])
+    marked = np.stack([RUINS["watermark"](picture, rng) for picture in sound])
+    assert not fine_tuning.watermarked(sound).any() and fine_tuning.watermarked(marked).mean() >= 0.95
