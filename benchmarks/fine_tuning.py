@@ -16,18 +16,20 @@ of `--config.seed=0`, 1 and 2 where a spread is told.
     DreamBooth        train --config=dreambooth.py:shapes --config.data.path=sks --config.prior.prompt=stars.txt \
                           --workdir=sks_model
     without a prior   train --config=dreambooth.py:shapes --config.data.path=sks --config.prior.prompt= \
-                          --config.total_steps=200 --workdir=bare
-    replay            train --config=dreambooth.py:shapes --config.data.path=sks --config.prior.path=base \
-                          --config.total_steps=600 --workdir=replay
+                          --config.optimizer.schedule=constant --config.total_steps=200 --workdir=bare
+    replay            that with --config.prior.path=base --config.prior.share=0.5 --config.total_steps=600 \
+                          --workdir=replay
     L2-SP             that without a prior and --config.optimizer.l2_sp=20.0 --workdir=l2sp
     its LoRA          train --config=lora.py:shapes --config.data.path=sks --config.total_steps=200 --workdir=sks_lora
+    its curve         that with --config.total_steps=1000 --config.checkpoint_steps=50 --workdir=sks_curve
     style             train --config=lora.py:shapes --config.data.path=hatched --workdir=hatched_lora
     backgrounds       train --config=lora.py:shapes --config.data.path=backgrounds --workdir=backgrounds_lora
     another base      train --config=finetune.py:shapes --config.data.path=backgrounds --workdir=other_base
     a word            train --config=textual_inversion.py:shapes --config.data.path=packed --workdir=zorp
     a model of ruins  train --config=finetune.py:shapes --config.data.path=spoiled --workdir=spoiled_base
     its antidote      train --config=textual_inversion.py:shapes --config.init=spoiled_base --config.data.path=ruined \
-                          --config.textual_inversion.tokens="(('nasty', 4, 'circle'),)" --workdir=nasty
+                          --config.textual_inversion.tokens="(('nasty', 4, 'circle'),)" \
+                          --config.optimizer.schedule=constant --workdir=nasty
     hypernetwork      train --config=hypernetwork.py:shapes --config.data.path=pixelated --workdir=pixels
     4 steps           train --config=lcm_lora.py:shapes --workdir=fast
 
