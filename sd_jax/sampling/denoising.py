@@ -210,6 +210,8 @@ def plan(pipe: "Pipeline", recipe: Recipe, start: Start) -> tuple[schedules.Ladd
         walked = min(steps, length)
     else:
         walked = int(length * strength) + (recipe.strength_steps == "a1111")
+    if start.first_pass_steps is not None:
+        walked = max(walked, 1)  # hires fix of few steps is hires fix still
     if walked < 1:
         raise ValueError(f"strength={strength:g} of steps={steps} leaves no step to walk: raise one of them")
     begin = length - walked

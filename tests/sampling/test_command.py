@@ -116,10 +116,10 @@ def test_other_formats(make, format):
 def test_what_is_recorded_is_resolved(make, inputs, checkpoint):
     make({"prompt": "a star", "scale": 1.5, **FEW})
     record = read_record(make.folder / "00000.png")
-    assert (record.recipe.width, record.recipe.height, record.recipe.strength) == (32, 32, 0.6)
+    assert (record.recipe.width, record.recipe.height, record.recipe.strength) == (32, 32, 0.4)
     assert record.origin.checkpoint == checkpoint and len(record.origin.checkpoint_hash) == 10 and record.batch is None
     text = media.read_text(make.folder / "00000.png")["parameters"]
-    assert "Size: 32x32, Model hash: " in text and "Denoising strength: 0.6, " in text and "Hires upscale: 1.5" in text
+    assert "Size: 32x32, Model hash: " in text and "Denoising strength: 0.4, " in text and "Hires upscale: 1.5" in text
     make({"prompt": "a star", **FEW}, image=inputs[0])
     record = read_record(make.folder / "00000.png")
     assert (record.recipe.width, record.recipe.height, record.recipe.strength) == (32, 32, 0.75)

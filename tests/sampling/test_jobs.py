@@ -280,6 +280,11 @@ def test_the_second_pass_of_hires_fix_counts_as_comfy_for_a1111(pipe):
         assert pipe.steps_of(recipe) == expected
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_the_second_pass_of_hires_fix_is_walked_however_few_the_steps(pipe, steps):
+    assert pipe.steps_of(Recipe(steps=steps, scale=2.0)) == steps + max(int(0.4 * steps), 1)
+
+
 # --- What cannot be made ---------------------------------------------------------------------------------------------
 
 PICTURE = {"image": PICTURES[0]}
