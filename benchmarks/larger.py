@@ -3,8 +3,10 @@
     train --config=configs/beside.py:features --config.total_steps=600 --config.batch_size=64 \
         --workdir=runs/larger/features
     train --config=configs/upscaler.py:compact,adversarial=False --config.total_steps=300 --workdir=runs/larger/compact
+    train --config=configs/upscaler.py:compact --config.init_perceptual=runs/larger/features \
+        --workdir=runs/larger/compact_gan
     train --config=configs/pixels.py:super_resolution,factor=4 --config.data.resolution=128 --config.batch_size=2 \
-        --config.total_steps=200 --config.optimizer.name=muon --config.optimizer.learning_rate=4e-3 \
+        --config.total_steps=1500 --config.optimizer.name=muon --config.optimizer.learning_rate=4e-3 \
         --config.optimizer.schedule=cosine --workdir=runs/larger/pixels_x4
 
 where `train` stands for `python train.py`, and then
@@ -14,8 +16,8 @@ where `train` stands for `python train.py`, and then
     python -m benchmarks.larger --seams      do the borders of tiles show
     python -m benchmarks.larger --large      4096x4096 pixels, the memory and the time, in a process of its own
 
-Only --ways needs the first and the third run. Times are of the processor, summed over cores, compilation left out
-unless said.
+--seams and --large need the second run alone, --bodies none. Times are of the processor, summed over cores,
+compilation left out unless said.
 """
 
 import argparse
@@ -38,12 +40,14 @@ from sd_jax.evals import shapes_accuracy
 from sd_jax.evals.networks import open_lpips
 from sd_jax.evals.reconstruction import Reconstructions
 from sd_jax.models.vae import to_image, to_pixels
+from sd_jax.sampling.resize import resize_latents
 from sd_jax.sampling.tiles import decode_tiled, encode_tiled
 from sd_jax.tiles import lay_tiles
 
 TRAINED = 64  # pixels of the pictures that the bundled model learnt from
 SMALL, LARGE, BATCH, SHOWN = 32, 128, 16, 6
 HIRES_STRENGTHS = (0.4, 0.6)
+STRENGTH = 0.35  # of what --ways draws again
 RECIPE = {"guidance_scale": 2.5, "steps": 10, "sampler": "dpmpp_2m"}
 
 
@@ -79,12 +83,22 @@ def ways(runs: pathlib.Path, pictures: int, sheet: pathlib.Path | None) -> None:
     bundled, second = sd_jax.load(), sd_jax.load(runs / "pixels_x4")
     enlarger = sd_jax.load_upscaler(runs / "compact")
     by_model = {"width": LARGE, "height": LARGE, "steps": 10, "sampler": "dpmpp_2m", "guidance_scale": 1.0}
-    redrawn = functools.partial(bundled.upscale, scale=LARGE / SMALL, strength=0.35, **RECIPE)
+    adversarial = sd_jax.load_upscaler(runs / "compact_gan")
+    redrawn = functools.partial(bundled.upscale, scale=LARGE / SMALL, strength=STRENGTH, **RECIPE)
+
+    def from_latents(pixels, texts):
+        side = LARGE // bundled.spec.vae.downscale
+        large = resize_latents(bundled.encode_image(np.asarray(to_image(pixels))), side, side)
+        blurred = np.asarray(to_pixels(bundled.decode_latents(large)))
+        return bundled.image_to_image(texts, image=blurred, strength=STRENGTH, **RECIPE)
+
     makers: dict[str, Callable] = {
         "bicubic": lambda pixels, texts: np.asarray(to_pixels(enlarged(to_image(pixels), (LARGE, LARGE)))),
         "ESRGAN (compact)": lambda pixels, texts: enlarger(pixels),
+        "ESRGAN (compact), adversarial": lambda pixels, texts: adversarial(pixels),
         "diffusion x4, 10 steps": lambda pixels, texts: second.upscale(pixels, texts, noise_level=0, **by_model),
         "drawn again": redrawn,
+        "latents enlarged, drawn again": from_latents,
         "ESRGAN, drawn again": functools.partial(redrawn, enlarger=enlarger),
     }
     _, lpips = open_lpips(str(runs / "features"))

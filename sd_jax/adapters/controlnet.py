@@ -77,7 +77,7 @@ class ControlNet(Encoder):
         self,
         latents: Float[Array, "batch h w channels"],  # as the U-Net sees them; what it sees beside is not looked at
         timesteps: Float[Array, " batch"],
-        conditioning: Conditioning,
+        conditioning: Conditioning,  # may have several rows for each of the batch, as for the U-Net
         embedded: Float[Array, "batch h w features"],  # of `HintEmbedding`
     ) -> Control:
         """The residuals of Eq. 2."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sd_jax import hardware
-from sd_jax.models.layers import ZEROS, Dtype, GroupNorm, LayerNorm, conv, dense
+from sd_jax.models.layers import ZEROS, Dtype, GroupNorm, LayerNorm, as_many, conv, dense
 from sd_jax.models.remat import wrapped
 
 # Scores that a device holds at once. CPU: beyond 16 MB they fall out of the cache, and one (batch, head) pair after the
@@ -177,7 +177,8 @@ class Projection(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention and feed-forward, each after a layer norm and added to its input.
 
-    With `only_cross_attention` the first reads the context too.
+    With `only_cross_attention` the first reads the context too. What comes before the context is computed once for rows
+    of the context that share an `x`.
     """
 
     heads: int
@@ -187,12 +188,15 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch tokens width"], context: Float[Array, "batch words context_width"]
-    ) -> Float[Array, "batch tokens width"]:
+        self, x: Float[Array, "batch tokens width"], context: Float[Array, "rows words context_width"]
+    ) -> Float[Array, "rows tokens width"]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = lambda name: LayerNorm(name=name, **types)  # noqa: E731
-        first = context if self.only_cross_attention else None
+        first = None
+        if self.only_cross_attention:
+            x, first = as_many(x, context), context
         x = x + Attention(self.heads, name="attn1", **types)(norm("norm1")(x), first)
+        x = as_many(x, context)
         x = x + Attention(self.heads, name="attn2", **types)(norm("norm2")(x), context)
         return x + FeedForward(name="ff", **types)(norm("norm3")(x))
 
@@ -216,8 +220,8 @@ class SpatialTransformer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch height width channels"],
-        context: Float[Array, "batch words context_width"],
-    ) -> Float[Array, "batch height width channels"]:
+        context: Float[Array, "rows words context_width"],
+    ) -> Float[Array, "rows height width channels"]:
         batch, height, width, channels = x.shape
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         block = wrapped(TransformerBlock, "transformer", self.remat)
@@ -226,4 +230,5 @@ class SpatialTransformer(nn.Module):
         h = project(channels, "proj_in", self)(h).reshape(batch, height * width, channels)
         for i in range(self.num_blocks):
             h = block(self.heads, self.only_cross_attention, name=f"transformer_blocks_{i}", **types)(h, context)
-        return x + project(channels, "proj_out", self, kernel_init=ZEROS)(h.reshape(x.shape))
+        h = h.reshape(-1, height, width, channels)
+        return as_many(x, h) + project(channels, "proj_out", self, kernel_init=ZEROS)(h)

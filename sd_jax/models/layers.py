@@ -22,6 +22,12 @@ ZEROS = nn.initializers.zeros
 UNIFORM = nn.initializers.lecun_uniform()
 
 
+def as_many(x: Float[Array, "batch *dims"], like: Float[Array, "rows *others"]) -> Float[Array, "rows *dims"]:
+    """All of `x`, then all of it again, until it has the rows of `like`."""
+    times = like.shape[0] // x.shape[0]
+    return x if times == 1 else jnp.tile(x, (times,) + (1,) * (x.ndim - 1))
+
+
 class GroupNorm(nn.Module):
     """`group_norm` with a scale and a bias that are learnt."""
 

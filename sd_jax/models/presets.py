@@ -43,6 +43,11 @@ class UNetConfig:
     projection_class_embeddings_input_dim: int | None = None  # of "text_time": pooled and all sinusoids
     resnet_time_scale_shift: str = "default"  # "scale_shift": the timestep scales features too, not only shifts them
 
+    @property
+    def told_by_context_alone(self) -> bool:
+        """Whether rows that differ in nothing but what they are told are the same until the first cross-attention."""
+        return self.num_class_embeds is None and self.time_cond_proj_dim is None and self.addition_embed_type is None
+
     def of_block(self, field: str, block: int):
         """The value of such a field for a down block (-1: the last, and the middle)."""
         value = getattr(self, field)
@@ -64,7 +69,7 @@ class KUNetConfig:
 
     # What is asked of every U-Net, and this one has not
     num_class_embeds = time_cond_proj_dim = addition_embed_type = projection_class_embeddings_input_dim = None
-    use_linear_projection = False
+    use_linear_projection = told_by_context_alone = False
 
     @property
     def attention_blocks(self) -> tuple[bool, ...]:

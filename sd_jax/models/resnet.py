@@ -4,14 +4,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sd_jax.models.layers import ZEROS, Dtype, GroupNorm, conv, dense
+from sd_jax.models.layers import ZEROS, Dtype, GroupNorm, as_many, conv, dense
 
 
 class ResnetBlock(nn.Module):
     """norm, SiLU, conv, + time, norm, SiLU, conv, + shortcut (diffusers' ResnetBlock2D; He et al. 2016).
 
-    `time` is the embedded timestep, before its SiLU; None in the autoencoder. With `scale_shift` it scales and shifts
-    the second norm's result (FiLM, Perez et al. 2018) where it is else added before that norm.
+    `time` is the embedded timestep, before its SiLU, of as many rows as `x`, or of fewer, which `x` repeats; None in
+    the autoencoder. With `scale_shift` it scales and shifts the second norm's result (FiLM, Perez et al. 2018) where
+    it is else added before that norm.
     """
 
     features: int
@@ -25,7 +26,7 @@ class ResnetBlock(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch height width channels"],
-        time: Float[Array, "batch time_width"] | None = None,
+        time: Float[Array, "times time_width"] | None = None,
     ) -> Float[Array, "batch height width features"]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         h = GroupNorm(self.norm_num_groups, self.epsilon, silu=True, name="norm1", **types)(x)
@@ -34,7 +35,7 @@ class ResnetBlock(nn.Module):
         norm2 = GroupNorm(self.norm_num_groups, self.epsilon, silu=not scale_shift, name="norm2", **types)
         if time is not None:
             width = 2 * self.features if self.scale_shift else self.features
-            time = dense(width, "time_emb_proj", self)(nn.silu(time))[:, None, None, :]
+            time = as_many(dense(width, "time_emb_proj", self)(nn.silu(time)), x)[:, None, None, :]
         if scale_shift:
             scale, shift = jnp.split(time, 2, axis=-1)
             h = nn.silu(norm2(h) * (1 + scale) + shift)

@@ -17,6 +17,7 @@ from sd_jax.models.layers import (
     LayerNorm,
     TimestepEmbedding,
     Upsample,
+    as_many,
     conv,
     dense,
     guidance_scale_embedding,
@@ -82,13 +83,13 @@ class DownBlock(_Block):
             if self.attend:
                 h = self.attention(i)(h, context)
                 if feature is not None and i == self.config.layers_per_block - 1:
-                    h = h + feature
+                    h = as_many(h, feature) + feature
             skips.append(h)
         if self.downsample:
             h = Downsample(name="downsamplers_0", **self.types)(h)
             skips.append(h)
         if feature is not None and not self.attend:
-            h = skips[-1] = h + feature
+            h = skips[-1] = as_many(h, feature) + feature
         return h, skips
 
 
@@ -111,7 +112,7 @@ class UpBlock(_Block):
     @nn.compact
     def __call__(self, h, skips, time, context, size):
         for i, skip in enumerate(skips):
-            h = self.resnet(i)(jnp.concatenate([h, skip], axis=-1), time)
+            h = self.resnet(i)(jnp.concatenate([h, as_many(skip, h)], axis=-1), time)
             if self.attend:
                 h = self.attention(i)(h, context)
         return Upsample(name="upsamplers_0", **self.types)(h, size) if self.upsample else h
@@ -175,11 +176,12 @@ class Encoder(nn.Module):
         self,
         latents: Float[Array, "batch height width channels"],
         time: Float[Array, "batch time_width"],  # of `embed_time`
-        context: Float[Array, "batch tokens wide"],
+        context: Float[Array, "rows tokens wide"],  # the batch's, or several for each, one after the other
         hint: Float[Array, "batch height width first"] | None = None,  # added to the first state
         features: tuple[Array, ...] = (),  # `Control.features`
     ) -> tuple[Array, list[Array]]:
-        """(what the middle block says, the state of every place that an up block reads)."""
+        """(what the middle block says, the state of every place that an up block reads): the batch's where no context
+        has been read yet, else of as many rows as the context."""
         cfg = self.config
         depth = len(cfg.block_out_channels)
         # Constant channels from the start: the zero padding of later convolutions shows them where the border is
@@ -248,9 +250,11 @@ class UNet(Encoder):
         timesteps: Float[Array, " batch"],
         conditioning: Conditioning,
         control: Control | None = None,  # added from outside
-    ) -> Float[Array, "batch height width out_channels"]:
-        """Of any height and width. Raises ValueError where latents have another number of channels than the config, or
-        the conditioning lacks what this family reads."""
+    ) -> Float[Array, "rows height width out_channels"]:
+        """Of any height and width. Where `told_by_context_alone`, the conditioning may have several rows for each of
+        the batch, all first ones, then all second ones: what comes before the first cross-attention is then done once.
+        Raises ValueError where latents have another number of channels than the config, or the conditioning lacks what
+        this family reads."""
         cfg = self.config
         control = jax.tree.map(lambda added: added.astype(self.dtype), control or Control())
         depth, types = len(cfg.block_out_channels), self.types
@@ -264,7 +268,7 @@ class UNet(Encoder):
         h, skips = self.encode(latents.astype(self.dtype), time, context, features=control.features)
         h = h if control.middle is None else h + control.middle
         if control.skips:
-            skips = [skip + residual for skip, residual in zip(skips, control.skips, strict=True)]
+            skips = [as_many(skip, residual) + residual for skip, residual in zip(skips, control.skips, strict=True)]
 
         # Up, mirrored
         for i, features in enumerate(reversed(cfg.block_out_channels)):

@@ -25,6 +25,7 @@ from sd_jax.adapters.controlnet import EMBEDDING, ControlNet, ControlNetConfig, 
 from sd_jax.adapters.t2i_adapter import T2IAdapter
 from sd_jax.checkpoints import control as files
 from sd_jax.checkpoints.place import gather, place
+from sd_jax.models.layers import as_many
 from sd_jax.sampling import canvas
 from sd_jax.types import AnyArray, Conditioning, Control, Params, Pixels
 
@@ -222,9 +223,9 @@ def control_of(
     steering: Sequence[Steering],
     shown: Sequence[Seen],
     call: Int[Array, ""],
-    latents: Float[Array, "rows h w channels"],
-    timesteps: Float[Array, " rows"],
-    conditioning: Conditioning,
+    latents: Float[Array, "batch h w channels"],
+    timesteps: Float[Array, " batch"],
+    conditioning: Conditioning,  # of as many rows as see the hints: the batch, or all of it once more
 ) -> Control | None:
     """What all of them add at a call; None = there are none."""
     total = None
@@ -236,7 +237,8 @@ def control_of(
         else:
 
             def at_work(network=network, worked=worked, each=each):
-                return network.apply({"params": worked.params}, latents, timesteps, conditioning, each.read)
+                read = each.read[: latents.shape[0]]
+                return network.apply({"params": worked.params}, latents, timesteps, conditioning, read)
 
             nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(at_work))
             added = jax.lax.cond(strength != 0, at_work, lambda nothing=nothing: nothing)
@@ -247,7 +249,8 @@ def control_of(
 
 def _weighed(control: Control, rows: Float[Array, " rows"], weights: Float[Array, " residuals"]) -> Control:
     leaves, tree = jax.tree.flatten(control)
-    scaled = [leaf * (rows * weights[i]).astype(leaf.dtype)[:, None, None, None] for i, leaf in enumerate(leaves)]
+    factors = [(rows * weights[i]).astype(leaf.dtype)[:, None, None, None] for i, leaf in enumerate(leaves)]
+    scaled = [as_many(leaf, factor) * factor for leaf, factor in zip(leaves, factors, strict=True)]
     return jax.tree.unflatten(tree, scaled)
 
 

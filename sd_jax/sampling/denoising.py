@@ -440,13 +440,20 @@ def _walk(
     call = jax.new_ref(carry.call)
     momentum = None if carry.momentum is None else jax.new_ref(carry.momentum)
 
+    # Guidance shows each picture twice, to differ in context alone
+    alone = run.told.negative is not None and run.told.weights is None and networks.spec.unet.told_by_context_alone
+
     def predict(model_input, timesteps, shown: _Shown):
+        if alone:
+            pictures = carry.sampler[0].shape[0]
+            model_input, timesteps = model_input[:pictures], timesteps[:pictures]
         conditioning = of_call(run.told.table, shown.rows, call[...])
         added = control.control_of(
             controls, run.steered.steering, shown.seen, call[...], model_input, timesteps, conditioning
         )
         if shown.concat is not None:
-            model_input = jnp.concatenate([model_input, shown.concat.astype(model_input.dtype)], axis=-1)
+            concat = shown.concat[: model_input.shape[0]].astype(model_input.dtype)
+            model_input = jnp.concatenate([model_input, concat], axis=-1)
         unet = adapters.wearing(networks, run.adapters, call[...], shown.rows.pictures).unet
         return unet.apply({"params": params}, model_input, timesteps, conditioning, added)
 

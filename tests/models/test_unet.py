@@ -9,7 +9,7 @@ from sd_jax.models.families import SD15
 from sd_jax.models.presets import TINY, UNetConfig
 from sd_jax.models.remat import POLICIES
 from sd_jax.models.unet import UNet
-from sd_jax.types import Conditioning
+from sd_jax.types import Conditioning, Control
 
 CONFIG = TINY.unet
 
@@ -79,6 +79,34 @@ def test_timestep_and_context_matter_and_the_batch_does_not_mix(params):
     np.testing.assert_array_equal(both[0], other[0])
     assert np.abs(run(params, (latents, timesteps + 0.5, conditioning)) - both).max() > 1e-4
     assert np.abs(run(params, (latents, timesteps, Conditioning(conditioning.context + 1.0))) - both).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [
+        {"attention_blocks": (True, True)},
+        {"attention_blocks": (False, True)},
+        {"attention_blocks": (False, False)},
+        {"attention_blocks": (True, True), "only_cross_attention": (True, False)},
+    ],
+    ids=["attention_first", "attention_second", "attention_in_the_middle", "no_attention_to_itself"],
+)
+def test_several_contexts_for_each_picture_are_as_the_picture_several_times(levels, initialise):
+    config = dataclasses.replace(CONFIG, block_out_channels=(16, 16), **levels)
+    latents, timesteps, conditioning = example(config, batch=4)
+    params = initialise(UNet(config), latents, timesteps, conditioning)
+    rng = np.random.default_rng(1)
+    large, small = (
+        lambda h=h, w=w: jnp.asarray(rng.normal(size=(4, h, w, 16)), jnp.float32) for h, w in [(8, 16), (4, 8)]
+    )
+    first = large() if levels["attention_blocks"][0] else small()
+    control = Control((large(), large(), small(), small()), small(), (first, small(), small()))
+    apply = jax.jit(UNet(config).apply)
+    twice = (jnp.concatenate([x[:2], x[:2]]) for x in (latents, timesteps))
+    expected = apply({"params": params}, *twice, conditioning, control)
+    found = apply({"params": params}, latents[:2], timesteps[:2], conditioning, control)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(found[:2] - found[2:]).max() > 1e-3
 
 
 def test_wrong_latents_are_named():
