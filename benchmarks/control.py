@@ -211,12 +211,12 @@ def speed(pixels: int, rounds: int = 2, steps: int = 20) -> None:
         print(f"{count} ControlNets against none: {statistics.median(ratios):.3f} of the time ({spread})")
 
     side = 64
-    latents, two = jnp.zeros((2, side, side, 4)), jnp.zeros(2)
+    latents, timestep = jnp.zeros((1, side, side, 4)), jnp.zeros(1)  # which both halves of guidance share
     both = Conditioning(jnp.zeros((2, 77, SD15.unet.cross_attention_dim)))
-    read = jnp.zeros((2, side, side, SD15.unet.block_out_channels[0]))
-    unet = timing.count_flops(lambda: networks.unet.apply({"params": params["unet"]}, latents, two, both))
+    read = jnp.zeros((1, side, side, SD15.unet.block_out_channels[0]))
+    unet = timing.count_flops(lambda: networks.unet.apply({"params": params["unet"]}, latents, timestep, both))
     net = ControlNet(SD15.unet)
-    added = timing.count_flops(lambda: net.apply({"params": control.works}, latents, two, both, read))
+    added = timing.count_flops(lambda: net.apply({"params": control.works}, latents, timestep, both, read))
     print(f"arithmetic of a step at 512x512: {1 + added / unet:.3f} with one, {1 + 2 * added / unet:.3f} with two")
 
 

@@ -12,7 +12,8 @@ A folder for image variation (lambdalabs/sd-image-variations-diffusers) goes on 
     python train.py --config=configs/beside.py:clip,resolution=64 --workdir=runs/clip
     python train.py --config=configs/image_variation.py:shapes --config.init_clip=runs/clip --workdir=runs/variation
 
-is the same in shapes world, the U-Net from nothing. What it reaches has not been measured.
+is the same in shapes world, the U-Net from nothing, in ten minutes on two CPU cores: colour, background and size of the
+picture shown stay in 100, 82 and 71 % of what it makes, which is about what that CLIP tells (benchmarks/RESULTS.md).
 """
 
 import dataclasses
