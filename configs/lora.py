@@ -23,9 +23,9 @@ The memory of a run is told before it is launched, and with the name of a family
     python train.py --config=configs/lora.py:sdxl --config.init=sdxl --plan=cpu:1
 
 It says 8.4 GB for SD 1.5 at 512x512 and one picture (--config.batch_size=1 --config.grad_accumulation=1): 1.7 GB of
-weights in bfloat16, 6.6 GB while a step runs, as a CPU keeps what `remat` would compute again. Where it is heeded, SD 1.5
-takes 3.1 GB, and SDXL at 1024x1024 7.4 GB, 5.1 of them weights (--plan=v5e:2x2, a picture a chip). The batch of 4 is
-taken one picture at a time; with memory to spare, --config.grad_accumulation=1 takes it at once.
+weights in bfloat16, 6.6 GB while a step runs, as a CPU keeps what `remat` would compute again. Where it is heeded,
+SD 1.5 takes 3.1 GB, and SDXL at 1024x1024 7.4 GB, 5.1 of them weights (--plan=v5e:2x2, a picture a chip). The batch of
+4 is taken one picture at a time; with memory to spare, --config.grad_accumulation=1 takes it at once.
 
     python train.py --config=configs/lora.py:shapes --config.data.path=FOLDER --workdir=runs/style
 
