@@ -8,6 +8,8 @@
     train --config=configs/pixels.py:super_resolution,factor=4 --config.data.resolution=128 --config.batch_size=2 \
         --config.total_steps=1500 --config.optimizer.name=muon --config.optimizer.learning_rate=4e-3 \
         --config.optimizer.schedule=cosine --workdir=runs/larger/pixels_x4
+    train --config=configs/finetune.py:shapes --config.data.resolution=128 --config.total_steps=1000 \
+        --workdir=runs/larger/at_128
 
 where `train` stands for `python train.py`, and then
 
@@ -80,17 +82,17 @@ def ways(runs: pathlib.Path, pictures: int, sheet: pathlib.Path | None) -> None:
     true = np.stack([world[i]["pixels"] for i in range(pictures)])
     captions = [full_caption(world.scene(i)) for i in range(pictures)]
     small = np.asarray(to_pixels(make_small(to_image(true), LARGE // SMALL)))
-    bundled, second = sd_jax.load(), sd_jax.load(runs / "pixels_x4")
+    at_128, second = sd_jax.load(runs / "at_128"), sd_jax.load(runs / "pixels_x4")
     enlarger = sd_jax.load_upscaler(runs / "compact")
     by_model = {"width": LARGE, "height": LARGE, "steps": 10, "sampler": "dpmpp_2m", "guidance_scale": 1.0}
     adversarial = sd_jax.load_upscaler(runs / "compact_gan")
-    redrawn = functools.partial(bundled.upscale, scale=LARGE / SMALL, strength=STRENGTH, **RECIPE)
+    redrawn = functools.partial(at_128.upscale, scale=LARGE / SMALL, strength=STRENGTH, **RECIPE)
 
     def from_latents(pixels, texts):
-        side = LARGE // bundled.spec.vae.downscale
-        large = resize_latents(bundled.encode_image(np.asarray(to_image(pixels))), side, side)
-        blurred = np.asarray(to_pixels(bundled.decode_latents(large)))
-        return bundled.image_to_image(texts, image=blurred, strength=STRENGTH, **RECIPE)
+        side = LARGE // at_128.spec.vae.downscale
+        large = resize_latents(at_128.encode_image(np.asarray(to_image(pixels))), side, side)
+        blurred = np.asarray(to_pixels(at_128.decode_latents(large)))
+        return at_128.image_to_image(texts, image=blurred, strength=STRENGTH, **RECIPE)
 
     makers: dict[str, Callable] = {
         "bicubic": lambda pixels, texts: np.asarray(to_pixels(enlarged(to_image(pixels), (LARGE, LARGE)))),

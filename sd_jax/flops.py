@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 
@@ -29,23 +30,19 @@ def count_gradient(function: Callable, params, *inputs) -> float:
 
     Whatever `jax.checkpoint` computes again is left out: the backward pass is what depends on the loss' cotangent.
     """
-    forward = jax.make_jaxpr(function)(params, *inputs)
-    num_params = len(jax.tree.leaves(params))
-    leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in forward.in_avals]
-    (loss,) = forward.out_avals
 
-    def backward(cotangent, *leaves):
-        call = lambda *moved: core.jaxpr_as_fun(forward)(*moved, *leaves[num_params:])[0]  # noqa: E731
-        return jax.vjp(call, *leaves[:num_params])[1](cotangent)
+    def both(cotangent, params, *inputs):
+        loss, pull = jax.vjp(lambda params: function(params, *inputs), params)
+        return loss, pull(cotangent.astype(loss.dtype))
 
-    both = jax.make_jaxpr(backward)(jax.ShapeDtypeStruct(loss.shape, loss.dtype), *leaves).jaxpr
-    depends = [True] + [False] * len(leaves)
-    return _walk(forward.jaxpr)[0] + _walk(both, depends)[0]
+    jaxpr = jax.make_jaxpr(both)(jax.ShapeDtypeStruct((), jnp.float32), params, *inputs).jaxpr
+    depends = [True] + [False] * (len(jaxpr.invars) - 1)
+    return _walk(jaxpr, depends, rest=True)[0]
 
 
-def _walk(jaxpr: core.Jaxpr, depends: list[bool] | None = None) -> tuple[float, list[bool]]:
-    """-> the count, and which outputs depend on what the marked inputs are. Only equations that do are counted; without
-    `depends` all are."""
+def _walk(jaxpr: core.Jaxpr, depends: list[bool] | None = None, rest: bool = False) -> tuple[float, list[bool]]:
+    """-> the count, and which outputs depend on what the marked inputs are. Only equations that do are counted, and
+    with `rest` those that do not as well, as a whole; without `depends` all are."""
     everything = depends is None
     marked = set() if everything else {var for var, on in zip(jaxpr.invars, depends, strict=True) if on}
     total = 0.0
@@ -55,9 +52,12 @@ def _walk(jaxpr: core.Jaxpr, depends: list[bool] | None = None) -> tuple[float, 
 
     for equation in jaxpr.eqns:
         on = [is_marked(atom) for atom in equation.invars]
-        if not (everything or any(on)):
+        if everything or (rest and not any(on)):
+            total += _equation(equation, None)[0]
             continue
-        flops, out = _equation(equation, None if everything else on)
+        if not any(on):
+            continue
+        flops, out = _equation(equation, on)
         total += flops
         marked.update(var for var, yes in zip(equation.outvars, out, strict=True) if yes)
     return total, [is_marked(atom) for atom in jaxpr.outvars]
