@@ -23,6 +23,7 @@ from sd_jax.adapters import deltas, hypernetwork, ip_adapter
 from sd_jax.adapters.deltas import Entry, Layers, Strength
 from sd_jax.adapters.hypernetwork import Hypernetwork
 from sd_jax.adapters.ip_adapter import IPAdapter
+from sd_jax.models.layers import convolve
 from sd_jax.models.networks import Networks
 from sd_jax.types import Params
 
@@ -113,7 +114,7 @@ def low_rank(
     if isinstance(layer, nn.Conv):
         strides = (layer.strides,) * 2 if isinstance(layer.strides, int) else layer.strides or (1, 1)
         kernel, dimensions = deltas.from_torch(down), ("NHWC", "HWIO", "NHWC")
-        h = jax.lax.conv_general_dilated(x, kernel, strides, layer.padding, dimension_numbers=dimensions)
+        h = convolve(x, kernel, strides, layer.padding, dimension_numbers=dimensions)
     else:
         h = x @ down.T
     return ((deltas.scale_of(entry) * t).astype(x.dtype) * h) @ up.reshape(up.shape[0], -1).T

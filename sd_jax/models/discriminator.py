@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sd_jax.models.layers import Dtype
+from sd_jax.models.layers import Dtype, convolve
 from sd_jax.models.presets import DiscriminatorConfig
 from sd_jax.types import Image
 
@@ -62,7 +62,15 @@ class Discriminator(nn.Module):
 
 def _conv(width: int, stride: int, name: str, use_bias: bool = True, **types) -> nn.Conv:
     return nn.Conv(
-        width, (4, 4), stride, padding=((1, 1), (1, 1)), use_bias=use_bias, kernel_init=_SMALL, name=name, **types
+        width,
+        (4, 4),
+        stride,
+        padding=((1, 1), (1, 1)),
+        use_bias=use_bias,
+        kernel_init=_SMALL,
+        conv_general_dilated=convolve,
+        name=name,
+        **types,
     )
 
 

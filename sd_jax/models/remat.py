@@ -24,7 +24,13 @@ import jax
 def products(primitive, *inputs, **parameters) -> bool:
     """Convolutions, and matrix products that have no batch axes: linears, but not the scores of attention."""
     dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return primitive.name == "conv_general_dilated" or dots(primitive, *inputs, **parameters)
+    convolves = "conv_general_dilated" in (primitive.name, *_within(**parameters))
+    return convolves or dots(primitive, *inputs, **parameters)
+
+
+def _within(call_jaxpr=None, **_) -> list[str]:
+    """The operations of a function with a gradient of its own, as `layers.convolve` is on a CPU."""
+    return [] if call_jaxpr is None else [equation.primitive.name for equation in call_jaxpr.eqns]
 
 
 class Policy(NamedTuple):

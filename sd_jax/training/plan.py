@@ -265,7 +265,7 @@ def _compile(config: ConfigDict, networks: Networks, mesh: Mesh, size: tuple[int
     shapes = setup.batch_shapes(config, method, networks, size)
     loaded = setup.frozen_shapes(config, method, networks)
     abstract = jax.eval_shape(functools.partial(setup.initial_state, config, method, networks), loaded)
-    context = Context(networks, config, _empty(shapes))
+    context = Context(networks, config, empty_prompt(shapes))
     flops_per_image = setup.flops_per_image(method, context, abstract, shapes)
     step = setup.make_step(method, context, mesh, abstract)
     state = step.abstract_state
@@ -299,7 +299,7 @@ def _compile(config: ConfigDict, networks: Networks, mesh: Mesh, size: tuple[int
     return Program(time.monotonic() - start, *counts, memory, gathered, flops_per_image, flops, hlo)
 
 
-def _empty(shapes: setup.Shapes) -> EmptyPrompt | None:
+def empty_prompt(shapes: setup.Shapes) -> EmptyPrompt | None:
     """Zeros in the place of the empty prompt: a plan has no tokenizer."""
     zeros = {name: np.zeros(x.shape[1:], x.dtype) for name, x in shapes.items()}
     if "input_ids" in zeros:

@@ -1,3 +1,5 @@
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,10 +11,14 @@ from sd_jax.models.layers import (
     GroupNorm,
     LayerNorm,
     Upsample,
+    convolve,
     moments_by_rows,
     moments_in_one_pass,
     timestep_embedding,
 )
+
+NHWC = jax.lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC"))
+PLAIN = nn.Conv(8, (3, 3), padding=((1, 1), (1, 1)), conv_general_dilated=convolve)
 
 
 def picture(*shape, seed=0, dtype=jnp.float32):
@@ -88,6 +94,35 @@ def test_upsample_is_nearest_and_a_convolution(size, new, initialise):
     nearest = nearest if new is None else nearest[:, : new[0], : new[1]]
     expected = nn.Conv(8, (3, 3), padding=1).apply({"params": params["conv"]}, nearest)
     np.testing.assert_allclose(Upsample().apply({"params": params}, x, new), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(8, 7), (9, 12)])
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (4, 2)])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (1, 2)])
+@pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 1), (0, 1)), ((2, 0), (1, 3))])
+def test_gradients_of_a_convolution_are_those_of_lax(size, kernel, strides, padding):
+    x, weights = picture(2, *size, 5), picture(*kernel, 5, 6)
+    gradients = [
+        jax.grad(lambda x, w: jnp.sin(by(x, w, strides, padding, dimension_numbers=NHWC)).sum(), argnums=(0, 1))  # noqa: B023
+        for by in (convolve, jax.lax.conv_general_dilated)
+    ]
+    for ours, theirs in zip(*(gradient(x, weights) for gradient in gradients), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="others take every order alike")
+@pytest.mark.parametrize("layer", [PLAIN, Downsample(), Upsample()], ids=["plain", "down", "up"])
+def test_in_a_loop_every_convolution_is_one_that_the_cpu_has_a_fast_routine_for(layer, initialise):
+    pictures = picture(3, 2, 8, 8, 8)
+    params = initialise(layer, pictures[0])
+
+    def of_all(params, pictures):
+        loss = lambda params, x: jnp.square(layer.apply({"params": params}, x)).mean()  # noqa: E731
+        return jax.lax.map(lambda x: jax.grad(loss, argnums=(0, 1))(params, x), pictures)
+
+    program = jax.jit(of_all).lower(params, pictures).compile().as_text()
+    orders = re.findall(r" convolution\(.*dim_labels=([^,]+)", program)
+    assert "while(" in program and len(orders) >= 3 and set(orders) == {"b01f_01io->b01f"}
 
 
 def test_downsample_pads_as_asked(initialise):
