@@ -130,21 +130,28 @@ def convolve(x, kernel, strides, padding, *, dimension_numbers, **others):
     def product(x, kernel):
         return convolution(x, kernel, strides, padding)
 
-    def backward(operands, g):
-        x, kernel = operands
+    def forward(x, kernel):  # keeps what is needed: frozen kernels have no gradient
+        kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
+        return product(x.value, kernel.value), kept
+
+    def backward(kept, g):
+        kept_x, kept_kernel = kept
         sizes = zip(x.shape[1:3], kernel.shape[:2], g.shape[1:3], strides, padding, strict=True)
         of_x, of_kernel = [], []  # what each is padded with, so that as many places come out as it has
         for size, width, outputs, stride, (low, _) in sizes:
             reach = (outputs - 1) * stride + 1  # of the outputs, as far apart as what they were made from
             of_kernel.append((low, reach + width - 1 - size - low))
             of_x.append((width - 1 - low, size - reach + low))
-        turned = kernel[::-1, ::-1].swapaxes(2, 3)
-        as_kernel = g.transpose(1, 2, 0, 3)
-        by_x = convolution(g, turned, (1, 1), of_x, lhs_dilation=strides)
-        by_kernel = convolution(x.transpose(3, 1, 2, 0), as_kernel, (1, 1), of_kernel, rhs_dilation=strides)
-        return by_x, by_kernel.transpose(1, 2, 0, 3)
+        by_x = by_kernel = None
+        if kept_kernel is not None:
+            turned = kept_kernel[::-1, ::-1].swapaxes(2, 3)
+            by_x = convolution(g, turned, (1, 1), of_x, lhs_dilation=strides)
+        if kept_x is not None:
+            pictures, as_kernel = kept_x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)
+            by_kernel = convolution(pictures, as_kernel, (1, 1), of_kernel, rhs_dilation=strides).transpose(1, 2, 0, 3)
+        return by_x, by_kernel
 
-    product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), backward)
+    product.defvjp(forward, backward, symbolic_zeros=True)
     return product(x, kernel)
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sd_jax import flops
 from sd_jax.models.layers import (
     Downsample,
     GroupNorm,
@@ -108,6 +109,15 @@ def test_gradients_of_a_convolution_are_those_of_lax(size, kernel, strides, padd
     ]
     for ours, theirs in zip(*(gradient(x, weights) for gradient in gradients), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_a_frozen_kernel_has_no_gradient_computed():
+    x, weights = picture(2, 8, 8, 5), picture(3, 3, 5, 6)
+    loss = lambda x, w: jnp.square(convolve(x, w, (1, 1), ((1, 1), (1, 1)), dimension_numbers=NHWC)).sum()  # noqa: E731
+    once = flops.count(loss, x, weights)
+    assert flops.count_gradient(loss, x, weights) == 2 * once
+    assert flops.count_gradient(lambda w, x: loss(x, w), weights, x) == 2 * once
+    assert flops.count_gradient(lambda both: loss(*both), (x, weights)) == 3 * once
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="others take every order alike")
